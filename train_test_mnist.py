@@ -107,33 +107,25 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, count = parser.add_argument, number_type(int, 1)
-    models = list(model_classes())
+    add, count, models = parser.add_argument, number_type(int, 1), list(model_classes())
     add("--model", default="Model5", type=find_model_name, choices=models, help="(default: %(default)s)")
     add("--epochs", default=20, type=count, help="passes over the training set (default: %(default)s)")
-    add("--batch-size", type=count, help="training images in a step (default: 128 on a GPU, 64 on a CPU)")
+    add("--batch-size", type=count, help="training images a step (default: 128 on a GPU, 64 on a CPU)")
     add("--test-batch-size", default=1000, type=count, help="test images at once (default: %(default)s)")
     add("--lr", default=0.01, type=number_type(float, 0), help="learning rate of SGD (default: %(default)s)")
     add("--momentum", default=0.9, type=number_type(float, 0, 1), help="of SGD (default: %(default)s)")
     add("--seed", default=1, type=number_type(int, 0, 2**32), help="of all randomness (default: %(default)s)")
-    add(
-        "--device",
-        default="auto",
-        type=device_type,
-        help="auto, cpu, cuda, mps or xpu (default: %(default)s)",
-    )
-    add("--data-dir", default="data", type=Path, help="folder of MNIST/raw (default: %(default)s)")
+    add("--device", default="auto", type=device_type, help="auto, cpu, cuda, mps, xpu (default: %(default)s)")
+    add("--data-dir", default="data", type=Path, help="holds MNIST/raw (default: %(default)s)")
     add("--checkpoint-dir", default="model_checkpoints", type=Path, help="(default: %(default)s)")
     add(
         "--log-interval",
         default=10,
         type=count,
-        help="steps from one reading of the loss to the next (default: %(default)s)",
+        help="steps between updates of the bar (default: %(default)s)",
     )
     add(
-        "--dry-run",
-        action="store_true",
-        help="one training and one test batch through everything, saving nothing",
+        "--dry-run", action="store_true", help="one training and one test batch through it all; saves nothing"
     )
     args = parser.parse_args()
     args.batch_size = args.batch_size or (64 if args.device.type == "cpu" else 128)
@@ -203,8 +195,9 @@ def main() -> None:
         if is_best:
             best_accuracy, best_epoch = test_accuracy, epoch
         print(
-            f"{epoch:5}   {train_loss:10.4f}   {train_accuracy:6.2f} %   {test_loss:9.4f}   {test_accuracy:6.2f} %"
-            f"   {best_accuracy:6.2f} %   {time.perf_counter() - start:7.1f}",
+            f"{epoch:5}   {train_loss:10.4f}   {train_accuracy:6.2f} %   "
+            f"{test_loss:9.4f}   {test_accuracy:6.2f} %   {best_accuracy:6.2f} %   "
+            f"{time.perf_counter() - start:7.1f}",
             flush=True,
         )
         if args.dry_run:
