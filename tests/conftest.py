@@ -16,11 +16,12 @@ import download_mnist
 ROOT = Path(__file__).parent.parent
 REAL_SOURCES = (ROOT / "data" / "MNIST" / "raw", ROOT.parent / "shared" / "mnist")
 
-# Runs a script as `python script.py ...` would, with the tiny data set's sizes and hashes for MNIST's
+# Runs a script as `python script.py ...` would, with the tiny data set for MNIST and no mirror
 ON_TINY_MNIST = """
 import runpy, sys
 import download_mnist
 download_mnist.FILES = {files!r}
+download_mnist.MIRRORS = ()
 sys.argv = {argv!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

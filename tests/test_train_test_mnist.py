@@ -1,6 +1,7 @@
 """Training: the recipe, the checkpoints, what a seed fixes, and every way to get an option wrong."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,24 @@ class TestRun:
         assert (tmp_path / "earlier_run_1" / "best_mnist_model.pth").read_bytes() == b"dearest"
         assert (tmp_path / "notes.txt").read_text() == "mine"
 
+    def test_missing_data_is_fetched(self, tiny_command: Callable, tiny_gz: Path, tmp_path: Path) -> None:
+        raw = tmp_path / "data" / "MNIST" / "raw"
+        raw.parent.mkdir(parents=True)
+        tiny_gz.rename(raw)
+        result = run(*tiny_command("train_test_mnist.py", "--data-dir", tmp_path / "data", "--dry-run"))
+        assert result.returncode == 0, result.stderr
+        assert len(list(raw.glob("*ubyte"))) == 4
+
+    def test_truncated_data_is_one_line(
+        self, tiny_command: Callable, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        shutil.copytree(tiny_data, tmp_path / "data")
+        file = tmp_path / "data" / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+        file.write_bytes(file.read_bytes()[:999])
+        result = run(*tiny_command("train_test_mnist.py", "--data-dir", tmp_path / "data"))
+        assert_one_line(result, str(file.parent), file.name, "by hand")
+
     def test_dry_run(self, tiny_command: Callable, tiny_data: Path, tmp_path: Path) -> None:
         folder = tmp_path / "checkpoints"
         options = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--dry-run", "--test-batch-size", 4
@@ -307,7 +326,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         "options",
         [
-            "--epochs 0", "--epochs 1.5", "--batch-size -1", "--test-batch-size 0", "--log-interval 0",
+            "--epochs 0", "--epochs 1.5", "--batch-size -1", "--batch-size 1000000000", "--test-batch-size 0", "--log-interval 0",
             "--lr nan", "--lr inf", "--lr -0.1", "--lr fast", "--momentum 1", "--momentum nan",
             "--seed -1", "--seed 4294967296", "--device abacus", "--device meta", "--model nonsense",
         ],
