@@ -326,7 +326,8 @@ class TestOptions:
     @pytest.mark.parametrize(
         "options",
         [
-            "--epochs 0", "--epochs 1.5", "--batch-size -1", "--batch-size 1000000000", "--test-batch-size 0", "--log-interval 0",
+            "--epochs 0", "--epochs 1.5", "--batch-size -1", "--batch-size 1000000000",
+            "--test-batch-size 0", "--log-interval 0",
             "--lr nan", "--lr inf", "--lr -0.1", "--lr fast", "--momentum 1", "--momentum nan",
             "--seed -1", "--seed 4294967296", "--device abacus", "--device meta", "--model nonsense",
         ],
