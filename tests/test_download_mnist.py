@@ -34,7 +34,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer one request."""
-        name = self.path.rsplit("/", 1)[-1]
+        name = self.path.removeprefix("/")
         self.server.asked.append(name)
         answer = self.server.answers.get(name)
         if isinstance(answer, float):
@@ -195,7 +195,10 @@ class TestWrongFiles:
             "another file": server.answers[f"{NAMES[2]}.gz"],
             "hangs": 5.0,
         }[wrong]
-        with pytest.raises(dm.ScriptError, match=server.url):
+        reason = {"HTML": "gzip", "short": "ended before", "hangs": "timed out"}.get(
+            wrong, "not the original"
+        )
+        with pytest.raises(dm.ScriptError, match=f"{server.url}: .*{reason}"):
             dm.download_mnist(tmp_path, server.url)
         assert contents(tmp_path / "MNIST" / "raw") == {}
         server.answers[f"{NAMES[0]}.gz"] = good
@@ -217,7 +220,9 @@ class TestWrongFiles:
         dm.download_mnist(tmp_path, str(tiny_gz))
         assert contents(raw) == tiny_files
 
-    def test_failed_write_leaves_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_failed_write_leaves_the_old_file(
+        self, tmp_path: Path, tiny_gz: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         path = tmp_path / "file"
         dm.write_file(path, b"old")
 
@@ -225,9 +230,12 @@ class TestWrongFiles:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "replace", fail)
-        with pytest.raises(dm.ScriptError, match=f"{path}: No space left on device"):
+        with pytest.raises(dm.ScriptError, match="file: No space left on device"):
             dm.write_file(path, b"new")
-        assert contents(tmp_path) == {"file": b"old"}
+        assert path.read_bytes() == b"old"
+        with pytest.raises(dm.ScriptError, match=r"^cannot write .*No space left"):  # and no other source
+            dm.download_mnist(tmp_path, str(tiny_gz))
+        assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_script_with_a_source_that_answers_404(tmp_path: Path, server: Server) -> None:

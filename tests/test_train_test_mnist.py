@@ -207,14 +207,22 @@ class TestRun:
     ) -> None:
         options = "--data-dir", tiny_data, "--checkpoint-dir", tmp_path, "--epochs", 10**6
         command = [sys.executable, *tiny_command("train_test_mnist.py", *options)]
-        with subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        ) as process:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's ignores it
+        )
+        try:
             while not (tmp_path / "mnist_model_epoch_1.pth").exists():
                 assert process.poll() is None
                 time.sleep(0.05)
             process.send_signal(number)
             _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == status
         assert "Traceback" not in errors
         assert not list(tmp_path.glob("*.tmp"))
@@ -359,5 +367,5 @@ class TestOptions:
         result = run(
             *tiny_command("train_test_mnist.py", *(word for pair in options.items() for word in pair))
         )
-        assert_one_line(result, str(tmp_path / "file"))
+        assert_one_line(result, str(tmp_path / "file"), "choose another")
         assert (tmp_path / "file").read_text() == "mine"
