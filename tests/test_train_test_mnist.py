@@ -174,6 +174,30 @@ class TestRun:
         assert (tmp_path / "earlier_run_1" / "best_mnist_model.pth").read_bytes() == b"dearest"
         assert (tmp_path / "notes.txt").read_text() == "mine"
 
+    @pytest.mark.usefixtures("tiny_mnist")
+    def test_best_and_shuffle_of_each_epoch(
+        self, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        accuracies, draws = iter([50.0, 70.0, 70.0, 60.0]), []
+
+        def draw(*args: object) -> tuple[float, float]:
+            draws.append(torch.randperm(60))
+            return 1.0, 10.0
+
+        monkeypatch.setattr(tt, "train_one_epoch", draw)
+        monkeypatch.setattr(tt, "evaluate", lambda *args: (1.0, next(accuracies)))
+        options = "--data-dir", tiny_data, "--checkpoint-dir", tmp_path, "--epochs", 4, "--seed", 5
+        monkeypatch.setattr("sys.argv", ["train_test_mnist.py", *map(str, options)])
+        tt.main()
+        best = [
+            load(tmp_path / f"mnist_model_epoch_{epoch}.pth")["best_test_accuracy"] for epoch in (1, 2, 3, 4)
+        ]
+        assert best == [50, 70, 70, 70]
+        assert load(tmp_path / "best_mnist_model.pth")["epoch"] == 2  # strictly better, so not 3
+        for epoch, order in enumerate(draws, start=1):
+            tt.seed_epoch(5, epoch)
+            assert order.equal(torch.randperm(60))
+
     def test_missing_data_is_fetched(self, tiny_command: Callable, tiny_gz: Path, tmp_path: Path) -> None:
         raw = tmp_path / "data" / "MNIST" / "raw"
         raw.parent.mkdir(parents=True)
@@ -287,6 +311,7 @@ class TestFunctions:
         dataset = torchvision.datasets.MNIST(tiny_data, train=True, transform=transform)
         images, labels = tt.load_mnist(tiny_data, train=True, device=CPU)
         assert images.shape == (200, 1, 28, 28)
+        assert len(tt.load_mnist(tiny_data, train=False, device=CPU)[0]) == 100
         for index in (0, 7, 199):
             image, label = dataset[index]
             assert torch.allclose(images[index], image, atol=1e-6)
@@ -351,6 +376,8 @@ class TestOptions:
         assert len(error.splitlines()) == 1
         assert f"argument {option}:" in error
         assert repr(value) in error
+        if option not in ("--model", "--device"):
+            assert "number of at least" in error
 
     def test_help_tells_every_option_and_its_default(self) -> None:
         text = run("train_test_mnist.py", "--help").stdout
