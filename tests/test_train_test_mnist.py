@@ -299,9 +299,9 @@ class TestFunctions:
         loss, accuracy = tt.evaluate(model, images, labels, batch_size=7)
         logits = model.eval()(images)
         assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
-        assert (loss, accuracy) == tt.evaluate(
-            model, images, labels, batch_size=7
-        )  # no dropout, no new statistics
+        # a second time the same: no dropout, and no new statistics
+        assert (loss, accuracy) == tt.evaluate(model, images, labels, batch_size=7)
+        assert tt.evaluate(Counter(), images, labels, batch_size=7)[1] == 80
 
     def test_images_are_what_torchvision_would_give(self, tiny_data: Path) -> None:
         transform = torchvision.transforms.Compose(
