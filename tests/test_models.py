@@ -41,7 +41,7 @@ def test_size_and_shapes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_layers_are_those_of_the_brief(name: str) -> None:
+def test_layers(name: str) -> None:
     layers = [layer for layer in models.build_model(name).modules() if not list(layer.children())]
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     a, b, c = (6, 16, 20) if name == "Model5" else (8, 16, 24)
@@ -52,9 +52,7 @@ def test_layers_are_those_of_the_brief(name: str) -> None:
     assert all(layer.bias is None and layer.padding == (0, 0) for layer in convolutions)
     normalised = [layer.num_features for layer in layers if isinstance(layer, nn.BatchNorm2d)]
     assert normalised == ([] if name == "Model1" else [a, b, c, b, c])  # after the 3x3 convolutions
-    assert {layer.p for layer in layers if isinstance(layer, nn.Dropout)} == (
-        {0.1} if name == "Model5" else set()
-    )
+    assert {layer.p for layer in layers if isinstance(layer, nn.Dropout)} == ({0.1} if name == "Model5" else set())
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

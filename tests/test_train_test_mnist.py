@@ -66,23 +66,10 @@ def numbered(count: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, tiny_command: Callable, tiny_data: Path
-) -> tuple[Path, str]:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_command: Callable, tiny_data: Path) -> tuple[Path, str]:
     """The checkpoint folder and the output of three epochs of Model5 on the tiny data set."""
     folder = tmp_path_factory.mktemp("trained") / "new" / "checkpoints"
-    options = (
-        "--data-dir",
-        tiny_data,
-        "--checkpoint-dir",
-        folder,
-        "--epochs",
-        3,
-        "--batch-size",
-        16,
-        "--lr",
-        0.05,
-    )
+    options = ("--data-dir", tiny_data, "--checkpoint-dir", folder, "--epochs", 3, "--batch-size", 16, "--lr", 0.05)
     result = run(*tiny_command("train_test_mnist.py", *options))
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""  # no progress bar where nobody watches
@@ -154,9 +141,7 @@ class TestRun:
             assert_same(first, second)
         else:
             for name, tensor in first["model_state_dict"].items():
-                assert name.endswith("num_batches_tracked") or not tensor.equal(
-                    second["model_state_dict"][name]
-                )
+                assert name.endswith("num_batches_tracked") or not tensor.equal(second["model_state_dict"][name])
 
     def test_an_earlier_run_is_kept(self, tiny_command: Callable, tiny_data: Path, tmp_path: Path) -> None:
         options = "--data-dir", tiny_data, "--checkpoint-dir", tmp_path, "--epochs", 1, "--model", "model1"
@@ -189,9 +174,7 @@ class TestRun:
         options = "--data-dir", tiny_data, "--checkpoint-dir", tmp_path, "--epochs", 4, "--seed", 5
         monkeypatch.setattr("sys.argv", ["train_test_mnist.py", *map(str, options)])
         tt.main()
-        best = [
-            load(tmp_path / f"mnist_model_epoch_{epoch}.pth")["best_test_accuracy"] for epoch in (1, 2, 3, 4)
-        ]
+        best = [load(tmp_path / f"mnist_model_epoch_{epoch}.pth")["best_test_accuracy"] for epoch in (1, 2, 3, 4)]
         assert best == [50, 70, 70, 70]
         assert load(tmp_path / "best_mnist_model.pth")["epoch"] == 2  # strictly better, so not 3
         for epoch, order in enumerate(draws, start=1):
@@ -226,9 +209,7 @@ class TestRun:
         assert not folder.exists()
 
     @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_interrupt(
-        self, number: int, status: int, tiny_command: Callable, tiny_data: Path, tmp_path: Path
-    ) -> None:
+    def test_interrupt(self, number: int, status: int, tiny_command: Callable, tiny_data: Path, tmp_path: Path) -> None:
         options = "--data-dir", tiny_data, "--checkpoint-dir", tmp_path, "--epochs", 10**6
         command = [sys.executable, *tiny_command("train_test_mnist.py", *options)]
         process = subprocess.Popen(
@@ -276,9 +257,7 @@ class TestFunctions:
         tt.train_one_epoch(model, optimizer, images, labels, 8, 10, "")
         for batch in [batch.long() for batch in model.batches]:
             one_hot = nn.functional.one_hot(batch % 10, 10).float()
-            (gradient,) = torch.autograd.grad(
-                nn.functional.cross_entropy(weight * one_hot, labels[batch]), weight
-            )
+            (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(weight * one_hot, labels[batch]), weight)
             velocity = 0.9 * velocity + gradient
             weight = (weight - 0.5 * velocity).detach().requires_grad_()
         assert model.scale.item() == pytest.approx(weight.item(), rel=1e-5)
@@ -364,9 +343,7 @@ class TestOptions:
             "--seed -1", "--seed 4294967296", "--device abacus", "--device meta", "--model nonsense",
         ],
     )  # fmt: skip
-    def test_wrong_values(
-        self, options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-    ) -> None:
+    def test_wrong_values(self, options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
         option, value = options.split()
         with pytest.raises(SystemExit) as stop:
             parse(monkeypatch, option, value)
@@ -385,13 +362,9 @@ class TestOptions:
         assert text.count("(default: ") == 11  # all but --dry-run
 
     @pytest.mark.parametrize("option", ["--data-dir", "--checkpoint-dir"])
-    def test_folder_that_is_a_file(
-        self, option: str, tiny_command: Callable, tiny_data: Path, tmp_path: Path
-    ) -> None:
+    def test_folder_that_is_a_file(self, option: str, tiny_command: Callable, tiny_data: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("mine")
         options = {"--data-dir": tiny_data, "--checkpoint-dir": tmp_path} | {option: tmp_path / "file"}
-        result = run(
-            *tiny_command("train_test_mnist.py", *(word for pair in options.items() for word in pair))
-        )
+        result = run(*tiny_command("train_test_mnist.py", *(word for pair in options.items() for word in pair)))
         assert_one_line(result, str(tmp_path / "file"), "choose another")
         assert (tmp_path / "file").read_text() == "mine"
