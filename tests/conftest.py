@@ -92,9 +92,9 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_files: dict[str, by
 def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with the real MNIST; the test is skipped where there is none on this machine."""
     for folder in REAL_SOURCES:
-        if (folder / "train-images-idx3-ubyte").exists():
+        if all((folder / name).exists() for name in download_mnist.FILES):
             return folder.parent.parent
-        if (folder / "train-images-idx3-ubyte.gz").exists():
+        if all((folder / f"{name}.gz").exists() for name in download_mnist.FILES):
             data_dir = tmp_path_factory.mktemp("real")
             download_mnist.download_mnist(data_dir, str(folder))
             return data_dir

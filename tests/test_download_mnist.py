@@ -52,8 +52,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tiny_gz: Path) -> Iterator[Server]:
+def server(tiny_gz: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server that has all four .gz files."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = Server()
     server.answers = {path.name: path.read_bytes() for path in tiny_gz.iterdir()}
     yield server
