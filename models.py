@@ -161,8 +161,15 @@ def model_classes() -> dict[str, type[nn.Module]]:
         name: member
         for name, member in globals().items()
         if isinstance(member, type) and issubclass(member, nn.Module) and member.__module__ == __name__
-        if len(member.__init__.__defaults__ or ()) + 1 >= member.__init__.__code__.co_argcount
+        if not needs_arguments(member)
     }
+
+
+def needs_arguments(model_class: type[nn.Module]) -> bool:
+    """Tell whether the constructor has a parameter, besides self, without a default."""
+    init = model_class.__init__
+    parameters = init.__code__.co_argcount + init.__code__.co_kwonlyargcount
+    return parameters - len(init.__defaults__ or ()) - len(init.__kwdefaults__ or {}) > 1
 
 
 def find_model_name(name: str) -> str:

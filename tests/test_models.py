@@ -23,6 +23,12 @@ class Scale(nn.Module):
         self.factor = factor
 
 
+class Shift(nn.Module):
+    def __init__(self, *, by):
+        super().__init__()
+        self.by = by
+
+
 class TinyNet(nn.Sequential):
     def __init__(self, width=4):
         super().__init__(nn.Conv2d(1, width, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
@@ -89,7 +95,7 @@ def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("script", ["train_test_mnist.py", "analyze_model.py"])
 def test_own_class_is_found_by_every_script(script: str, own_folder: Path) -> None:
-    listing = "Model1,Model2,Model5,TinyNet"  # a class that needs arguments, like Scale, is no model
+    listing = "Model1,Model2,Model5,TinyNet"  # classes that need arguments, like Scale and Shift, are none
     assert f"{{{listing}}}" in run(script, "--help", cwd=own_folder).stdout
     unknown = run(script, "--model", "nonsense", cwd=own_folder)
     assert_one_line(unknown, "nonsense", *listing.split(","))
