@@ -210,11 +210,13 @@ def print_report(analysis: Analysis) -> None:
     print(f"\nLayers, with the shape of one image after each\n{format_table(rows, text_columns=3)}")
 
     rows = [["layer", "type", *Axis._fields, "RF"]]
-    folded = {layer.type.__name__ for layer in analysis.layers if layer.axes and issubclass(layer.type, POINTWISE)}
+    folded = set()
     for layer in analysis.layers:
         if layer.axes is None:
             rows.append([layer.name, layer.type.__name__, *"?" * 13])
-        elif layer.type.__name__ not in folded:
+        elif issubclass(layer.type, POINTWISE):
+            folded.add(layer.type.__name__)
+        else:
             height, width = layer.axes
             cells = [str(h) if h == w else f"{h}x{w}" for h, w in zip(height, width, strict=True)]
             rows.append([layer.name, layer.type.__name__, *cells, f"{height.r_out}x{width.r_out}"])
