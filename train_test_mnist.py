@@ -28,17 +28,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-from download_mnist import download_mnist, make_folder, run_script, write_file
+from download_mnist import ScriptError, download_mnist, make_folder, run_script, write_file
 from models import build_model, find_model_name, model_classes
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels on a scale of 0 to 1
+CHECKPOINT_KEYS = (
+    *("model_name", "model_state_dict", "optimizer_state_dict"),
+    *("epoch", "train_accuracy", "test_accuracy", "best_test_accuracy"),
+)
 
 
 def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return normalised images (N, 1, 28, 28), float32, and labels (N,), int64, all on the device."""
+    from torchvision.datasets import MNIST  # here, so that only those who read data wait for the import
+
     dataset = MNIST(data_dir, train=train)
     images = dataset.data.to(device).unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
     return images, dataset.targets.to(device)
@@ -100,6 +105,20 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
+def load_checkpoint(path: Path) -> dict:
+    """Return a checkpoint, its tensors on the CPU; raises ScriptError for any other file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        build_model(checkpoint["model_name"]).load_state_dict(checkpoint["model_state_dict"])
+    except Exception as error:  # a file that is no checkpoint fails in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ScriptError(f"{path} is not a checkpoint of train_test_mnist.py ({reason}); name another file") from error
+    return checkpoint
+
+
 def set_aside_earlier_run(folder: Path) -> None:
     """Move an earlier run's checkpoints into folder/earlier_run_N, so that a new run overwrites none."""
     checkpoints = [*folder.glob("mnist_model_epoch_*.pth"), *folder.glob("best_mnist_model.pth")]
@@ -132,8 +151,13 @@ def parse_args() -> argparse.Namespace:
     add("--log-interval", default=10, type=count, help="steps between updates of the bar (default: %(default)s)")
     add("--dry-run", action="store_true", help="one training and one test batch through it all; saves nothing")
     args = parser.parse_args()
-    args.batch_size = args.batch_size or (64 if args.device.type == "cpu" else 128)
+    args.batch_size = args.batch_size or default_batch_size(args.device)
     return args
+
+
+def default_batch_size(device: torch.device) -> int:
+    """Return the recipe's batch size, in images."""
+    return 64 if device.type == "cpu" else 128
 
 
 def number_type(kind: type, low: float, below: float = math.inf) -> Callable[[str], float]:
