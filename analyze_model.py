@@ -562,7 +562,9 @@ def run_checks(model: nn.Module, images: Tensor, run: Recorder) -> list[Check]:
         verdict("MACs", wrong_macs, "twice as many are the operations that torch's FLOP counter counts")
         if counter
         else Check("MACs", None, "torch has its FLOP counter since version 2.1"),
-        verdict("receptive field", blind, f"in {scope} a NaN pixel reaches the computed units and no others"),
+        verdict(
+            "receptive field", blind, f"in {scope} a NaN in a row or column of pixels reaches the computed units only"
+        ),
         verdict("kept for backward", misjudged, f"autograd's hooks report the same {sum(hooked):,} bytes"),
     ]
 
@@ -670,9 +672,10 @@ def format_layers(analysis: Analysis) -> list[str]:
         share = f"{layer.share:.2f} %" if layer.parameters else 0
         numbers = layer.weight, layer.bias, layer.parameters, share, layer.buffers, layer.macs, layer.kept
         rows.append([label, layer.type, output, *("?" if number is None else number or "" for number in numbers)])
-    totals = analysis.totals
+    if analysis.failure:
+        return [format_table(rows, text_columns=3), LAYERS_LEGEND]
+    totals = {key: "?" if number is None else number for key, number in analysis.totals.items()}
     numbers = [totals[key] for key in ("weight", "bias", "parameters", "buffers", "macs", "kept")]
-    numbers = ["?" if number is None else number for number in numbers]
     rows.append(["total", "", "", *numbers[:3], "", *numbers[3:]])
     trained = "trainable {trainable:,}, frozen {frozen:,}, shared by several layers {shared:,}".format(**totals)
     return [format_table(rows, text_columns=3), trained, LAYERS_LEGEND]
@@ -698,10 +701,10 @@ def format_fields(analysis: Analysis) -> list[str]:
 
 def format_memory(analysis: Analysis) -> list[str]:
     """Return the table of memory, and what a CUDA device measured."""
-    rows: list[list[object]] = [["part", "what it is", "training", "", "inference", ""]]
+    rows: list[list[object]] = [["part", "what it is", "training", "inference"]]
     for part in analysis.memory:
-        sizes = [(size, f"{size / 2**20:.2f} MiB") for size in (part.training, part.inference)]
-        rows.append([part.part, part.meaning, *sizes[0], *sizes[1]])
+        sizes = [f"{size:,} {size / 2**20:7.2f} MiB" for size in (part.training, part.inference)]
+        rows.append([part.part, part.meaning, *sizes])
     if analysis.measured_peak is None:
         return [format_table(rows, text_columns=2)]
     measured = f"measured: {analysis.measured_peak:,} bytes, torch.cuda.max_memory_allocated during a training step"

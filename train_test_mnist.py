@@ -13,7 +13,7 @@ The first command's output on 2 CPU cores with torch 2.15.0:
        20       0.0253    99.21 %      0.0259    99.16 %    99.21 %      16.0
     Best: epoch 13, test accuracy 99.21 %, saved as model_checkpoints/best_mnist_model.pth
     Last: epoch 20, test accuracy 99.16 %, saved as model_checkpoints/mnist_model_epoch_20.pth
-    Next: python analyze_model.py --model Model5
+    Next: python analyze_model.py --checkpoint model_checkpoints/best_mnist_model.pth
 """
 
 import argparse
@@ -21,6 +21,7 @@ import io
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,7 +109,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def load_checkpoint(path: Path) -> dict:
     """Return a checkpoint, its tensors on the CPU; raises ScriptError for any other file."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.0 warns of what it does itself
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
         if missing:
             raise ValueError(f"it has no {', '.join(missing)}")
@@ -250,7 +253,7 @@ def main() -> None:
 
     print(f"Best: epoch {best_epoch}, test accuracy {best_accuracy:.2f} %, saved as {best_path}")
     print(f"Last: epoch {epoch}, test accuracy {test_accuracy:.2f} %, saved as {last_path}")
-    print(f"Next: python analyze_model.py --model {args.model}")
+    print(f"Next: python analyze_model.py --checkpoint {best_path}")
 
 
 if __name__ == "__main__":

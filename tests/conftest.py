@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import struct
 import subprocess
 import sys
@@ -103,7 +104,9 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run a Python script from a folder and return its exit status, output and errors as text."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, *map(str, command)]
+    env = os.environ | {"COLUMNS": "120"}  # not the width of the terminal that the tests run in
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ class TestRun:
         assert len({len(line) for line in lines[1:5]}) == 1  # header and rows are aligned
         assert lines[5].endswith(str(trained[0] / "best_mnist_model.pth"))
         assert lines[6].endswith(str(trained[0] / "mnist_model_epoch_3.pth"))
-        assert lines[7] == "Next: python analyze_model.py --model Model5"
+        assert lines[7] == f"Next: python analyze_model.py --checkpoint {trained[0] / 'best_mnist_model.pth'}"
 
     def test_saved_accuracy_can_be_recomputed(self, trained: tuple[Path, str], tiny_data: Path) -> None:
         checkpoint = load(trained[0] / "best_mnist_model.pth")
