@@ -223,13 +223,14 @@ class Recorder(TorchFunctionMode):
                 handle.remove()
 
     def enter(self, name: str, module: nn.Module, inputs: tuple) -> None:
-        """Add a line to the tree for a module that starts to run."""
+        """Add a line to the tree for a module that starts to run; what it is given counts as coming from the images."""
         layer = self.describe(name or type(module).__name__, module, depth=len(self.running))
         self.layers.append(layer)
         self.running.append((layer, module))
+        self.derived.update((id(tensor), tensor) for tensor in tensors_in(inputs))
 
     def leave(self, module: nn.Module, inputs: tuple, output: object) -> None:
-        """Note what a module returns; all of that counts as coming from the images."""
+        """Note what a module returns; that, too, counts as coming from the images."""
         layer, _ = self.running.pop()
         for tensor in tensors_in(output):
             layer.output_shape = tuple(tensor.shape[1:])

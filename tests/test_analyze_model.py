@@ -127,6 +127,10 @@ ARCHITECTURES: dict[str, tuple[nn.Module, tuple[int, int], tuple[int, int]]] = {
         Net(squeeze_and_excite, conv=Conv2d(1, 2, 3), gate=Conv2d(2, 2, 1), last=Conv2d(2, 2, 3)),
         *((28, 24), (28, 24)),
     ),
+    "gate of the whole image": (
+        Net(lambda net, x: net.a(x) * x.mean((2, 3), keepdim=True), a=Conv2d(1, 2, 5, padding=2)),
+        *((28, 28), (32, 32)),
+    ),
     "batch norm": (Sequential(Conv2d(1, 2, 3), nn.BatchNorm2d(2), ReLU(), Conv2d(2, 2, 3)), (28, 28), (5, 5)),
     "group norm": (Sequential(Conv2d(1, 4, 3), GroupNorm(2, 4), MaxPool2d(2), Conv2d(4, 2, 3)), (28, 24), (28, 24)),
     "group norm, residual": (
@@ -137,6 +141,10 @@ ARCHITECTURES: dict[str, tuple[nn.Module, tuple[int, int], tuple[int, int]]] = {
     "in place": (Net(in_place, conv=Conv2d(1, 2, 3, padding=1)), (28, 28), (3, 3)),
     "arithmetic": (Net(arithmetic, conv=Conv2d(1, 2, 3)), (28, 28), (3, 3)),
     "shared module": (Sequential(Conv2d(1, 2, 3), *[Conv2d(2, 2, 3)] * 2), (28, 28), (7, 7)),
+    "shared batch norm": (
+        Net(lambda net, x: net.b(net.a(net.b(x))), a=Conv2d(1, 1, 3), b=nn.BatchNorm2d(1)),
+        *((28, 28), (3, 3)),
+    ),
     "never called": (Net(lambda net, x: net.a(x), a=Conv2d(1, 2, 3), b=Sequential(Linear(5, 5))), (28, 28), (3, 3)),
     "frozen": (Sequential(Conv2d(1, 2, 3).requires_grad_(False), ReLU(), Conv2d(2, 2, 3)), (28, 28), (5, 5)),
     "all frozen": (Sequential(Conv2d(1, 2, 3), ReLU()).requires_grad_(False), (28, 28), (3, 3)),
@@ -154,6 +162,17 @@ NOT_FOLLOWED: dict[str, tuple[nn.Module, str, str]] = {
     "transposed convolution": (Sequential(Conv2d(1, 2, 3), nn.ConvTranspose2d(2, 2, 2)), "1", "conv_transpose2d"),
     "interpolation": (Net(lambda net, x: F.interpolate(net.a(x), size=9), a=Conv2d(1, 2, 3)), "interpolate()", "not"),
     "permutation": (Net(lambda net, x: net.a(x.permute(0, 1, 3, 2)), a=Conv2d(1, 2, 3)), "permute()", "not followed"),
+    "rearrangement": (Net(lambda net, x: x.reshape(-1, 1, 14, 56)), "reshape()", "rearranges"),
+    "outside torch": (
+        Net(lambda net, x: net.a(torch.from_numpy(x.detach().numpy())), a=Sequential(Conv2d(1, 2, 3))),
+        *("a.0", "what comes in"),
+    ),
+    "mean over columns": (Net(lambda net, x: x.mean(3, keepdim=True)), "mean()", "both height and width"),
+    "maps of different sizes": (
+        Net(lambda net, x: torch.cat([x.flatten(1), net.a(x).flatten(1)], 1), a=Conv2d(1, 2, 3)),
+        *("cat()", "different sizes"),
+    ),
+    "pooling without channels": (Net(lambda net, x: F.max_pool2d(x.squeeze(1), 2)), "max_pool2d()", "4-dimensional"),
     "indexing": (Net(lambda net, x: net.a(x)[:, :1], a=Conv2d(1, 2, 3)), "getitem()", "not followed"),
     "uneven adaptive pooling": (Sequential(Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(5)), "1", "vary"),
     "circular padding": (Sequential(Conv2d(1, 2, 3, padding=1, padding_mode="circular")), "0", "pad()"),
@@ -188,6 +207,7 @@ def test_architectures(model: nn.Module, size: tuple[int, int], expected: tuple[
     assert [layer.unknown for layer in analysis.layers] == [None] * len(analysis.layers)
     field = last_fields(analysis)
     assert (field["height"].r_out, field["width"].r_out) == expected
+    assert sum(layer.buffers for layer in analysis.layers) == analysis.totals["buffers"]
 
 
 @pytest.mark.parametrize(("model", "layer_name", "reason"), NOT_FOLLOWED.values(), ids=NOT_FOLLOWED)
@@ -197,6 +217,7 @@ def test_what_cannot_be_followed_says_why(model: nn.Module, layer_name: str, rea
     name, why = next((layer.name, layer.unknown) for layer in analysis.layers if layer.unknown)
     assert name == layer_name
     assert reason in why
+    assert "ReLU" not in [layer.type for layer in analysis.layers if layer.unknown]  # it would change nothing
 
 
 def test_model5_receptive_field_table() -> None:
@@ -291,6 +312,10 @@ def forget_dilation(view: analyze_model.View) -> analyze_model.View:
     return view._replace(axis=dataclasses.replace(axis, r_out=axis.r_in + (axis.k - 1) * axis.j_in))
 
 
+def see_too_much(view: analyze_model.View) -> analyze_model.View:
+    return view._replace(axis=dataclasses.replace(view.axis, r_out=view.axis.r_out + 1))
+
+
 def forget_jump(view: analyze_model.View) -> analyze_model.View:
     return view._replace(axis=dataclasses.replace(view.axis, j_out=view.axis.s))
 
@@ -314,6 +339,7 @@ EVERYTHING = Sequential(
     [
         (forget_padding, "receptive field", "0"),
         (forget_dilation, "receptive field", "1"),
+        (see_too_much, "receptive field", "0"),
         (forget_jump, "receptive field", "1"),
         (forget_ceil_mode, "shapes", "0"),
         (shift, "receptive field", "0"),
@@ -350,6 +376,13 @@ def describe_without_bias(
     return layer
 
 
+def test_a_mistake_in_a_window_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = analyze_model.slide
+    monkeypatch.setattr(analyze_model, "slide", lambda view, k, s, p, d, n: right(view, k, s, 0, d, n))
+    found = {check.name: check for check in analyze(EVERYTHING, (28, 28), batch_size=2).checks}
+    assert found["receptive field"].finding == "wrong at 0, 1, 2, 3"
+
+
 @pytest.mark.parametrize(
     ("name", "mistake", "check", "layer"),
     [
@@ -383,6 +416,20 @@ def test_a_failed_check_is_one_line_and_an_exit_status(
 def test_forward_that_differs_in_evaluation_mode_fails() -> None:
     model = Net(lambda net, x: net.a(x) if net.training else net.a(x) * 2, a=Conv2d(1, 2, 3))
     assert "evaluation" in analyze(model, (28, 28), batch_size=2).problems()[0]
+
+
+def test_operations_on_no_image_are_not_passed_over() -> None:
+    if not analyze_model.FlopCounterMode:
+        pytest.skip("torch has its FLOP counter since version 2.1")
+    model = Net(lambda net, x: net.a(x) * (net.b.weight @ net.b.weight).mean(), a=Conv2d(1, 2, 3), b=Linear(5, 5))
+    assert analyze(model, (28, 28), batch_size=2).problems() == ["MACs: wrong at functions of no image"]
+
+
+def test_a_failure_that_has_nothing_to_do_with_the_size_does_not_blame_it() -> None:
+    model = Sequential(Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(2))
+    analysis = analyze(model, (28, 28), batch_size=1)
+    assert analysis.failure.startswith("2 fails on 1 images of 28x28: Expected more than 1 value")
+    assert "smallest" not in analysis.failure
 
 
 def test_without_checks_only_what_torch_counts_is_missing() -> None:
@@ -497,6 +544,8 @@ def test_checkpoint(tmp_path: Path) -> None:
         assert words in result.stdout
     assert_one_line(run("analyze_model.py", "--checkpoint", path, "--model", "Model1"), str(path), "Model2", "--model")
     assert_one_line(run("analyze_model.py", "--checkpoint", tmp_path / "none.pth"), str(tmp_path / "none.pth"))
+    save_checkpoint(path, {"model_name": "Model2", "epoch": 7, **states})
+    assert_one_line(run("analyze_model.py", "--checkpoint", path), str(path), "train_accuracy")
 
 
 def test_trained_weights_are_the_ones_analyzed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,6 +578,12 @@ def test_image_shows_the_receptive_fields_of_the_centre(tmp_path: Path) -> None:
         assert (right - left, bottom - top) == (28 * 8, 28 * 8)
     assert_one_line(run("analyze_model.py", "--image", tmp_path / "no" / "a.png", "--no-verify"), "a.png")
     assert_one_line(run("analyze_model.py", "--image", path, "--model", "all"), str(path), "--model")
+
+
+def test_image_of_a_padded_layer() -> None:
+    analysis = analyze(Sequential(Conv2d(1, 2, 5, padding=2), ReLU()), (28, 28), batch_size=2)
+    left, top, right, bottom = red_box(analyze_model.draw_receptive_fields(analysis, Image.new("L", (28, 28))), 0, 999)
+    assert (left - 16, top - 16, right - left, bottom - top) == (12 * 8, 12 * 8, 5 * 8, 5 * 8)
 
 
 def test_image_shows_a_real_digit_where_there_is_one(tiny_data: Path, tiny_files: dict[str, bytes]) -> None:
