@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from download_mnist import ScriptError, run_script, write_file
 from models import build_model, find_model_name, model_classes
-from train_test_mnist import default_batch_size, device_type, load_checkpoint, number_type
+from train_test_mnist import RESULTS, default_batch_size, device_type, load_checkpoint, number_type
 
 try:
     from torch.utils.flop_counter import FlopCounterMode
@@ -57,7 +57,6 @@ r_in r_out   receptive field of one unit before and after the layer, in input pi
 P_in P_out   accumulated padding: pixels by which the first unit's receptive field passes the image's edge
 RF           receptive field after the layer, height x width"""
 
-STORED = ("epoch", "train_accuracy", "test_accuracy", "best_test_accuracy")  # in a checkpoint beside the weights
 COLUMNS = ("k", "s", "p", "d", "n_in", "n_out", "j_in", "j_out", "r_in", "r_out", "P_in", "P_out")
 Axis = dataclasses.make_dataclass("Axis", COLUMNS, frozen=True)  # one layer along height or width; see FIELDS_LEGEND
 Setting = int | tuple[int, int]  # for both axes, or for height and width
@@ -805,7 +804,7 @@ def main() -> None:
         except RuntimeError as error:
             raise ScriptError(f"{name} cannot be analyzed: {str(error).splitlines()[0]}") from error
         if checkpoint:
-            analysis.checkpoint = {key: checkpoint[key] for key in STORED}
+            analysis.checkpoint = {key: checkpoint[key] for key in RESULTS}
         analyses[name] = analysis
         problems += [f"{name}: {problem}" for problem in analysis.problems()]
         if not args.json:

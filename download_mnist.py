@@ -22,6 +22,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
@@ -94,11 +95,24 @@ def make_folder(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, which never holds half a file; raise ScriptError where it cannot be written."""
+    """Write `data` to `path`, which never holds half a file; raise ScriptError where it cannot be written.
+
+    On the disk, too, the new file is whole before it takes the old one's name. What a killed process left is removed.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+        if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+        for left_over in path.parent.glob(f"{path.name}.*.tmp"):
+            if time.time() - left_over.stat().st_mtime > 600:  # seconds; no write takes that long
+                left_over.unlink(missing_ok=True)
     except OSError as error:
         raise ScriptError(f"cannot write {path}: {error.strerror}; make room there or choose another folder") from error
     finally:
@@ -150,13 +164,19 @@ def read_package(requirement: str, names: list[str]) -> Iterator[tuple[str, byte
 
 def run_script(main: Callable[[], None]) -> None:
     """Call main(); Ctrl-C exits 130, SIGTERM 143, and an expected failure is one line and status 1."""
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+
+    def terminate(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt(signum)
+
+    signal.signal(signal.SIGTERM, terminate)
     script = Path(sys.argv[0]).name
     try:
         main()
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
+        advice = getattr(interrupt, "advice", "run it again")
+        print(f"{script}: interrupted; {advice}", file=sys.stderr)
+        sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
     except (ScriptError, OSError) as error:
         sys.exit(f"{script}: error: {error}")
 

@@ -2,6 +2,7 @@
 
     python train_test_mnist.py                    # Model5 for 20 epochs; downloads MNIST where it is missing
     python train_test_mnist.py --model Model2 --epochs 5 --checkpoint-dir model_checkpoints/model2
+    python train_test_mnist.py --resume           # go on from the newest intact checkpoint
     python train_test_mnist.py --dry-run          # one batch through everything, nothing saved
 
 The first command's output on 2 CPU cores with torch 2.15.0:
@@ -17,12 +18,19 @@ The first command's output on 2 CPU cores with torch 2.15.0:
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import math
+import os
+import pickle
+import shlex
+import shutil
+import sys
 import time
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +43,11 @@ from download_mnist import ScriptError, download_mnist, make_folder, run_script,
 from models import build_model, find_model_name, model_classes
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels on a scale of 0 to 1
-CHECKPOINT_KEYS = (
-    *("model_name", "model_state_dict", "optimizer_state_dict"),
-    *("epoch", "train_accuracy", "test_accuracy", "best_test_accuracy"),
-)
+BEST = "best_mnist_model.pth"
+STATES = ("model_state_dict", "optimizer_state_dict")
+RESULTS = ("epoch", "train_accuracy", "test_accuracy", "best_test_accuracy")
+RECIPE = ("batch_size", "lr", "momentum", "seed")
+RESUMED = (*RECIPE, "epochs", "best_epoch")  # the numbers beside RESULTS that a run needs to go on
 
 
 def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -66,37 +75,54 @@ def train_one_epoch(
 ) -> tuple[float, float]:
     """Train once on images (N, 1, 28, 28) with labels (N,) in random order, the last short batch included.
 
-    Returns mean loss and accuracy (per cent) of the batches as they were seen, each before its own step.
+    Returns mean loss and accuracy (per cent) of the batches as they were seen, each before its own step. Raises
+    FloatingPointError where a loss is NaN or infinite, at the latest log_interval batches later.
     """
     model.train()
-    order = torch.randperm(len(images)).to(images.device)
-    total_loss = torch.zeros((), device=images.device)
-    total_correct = torch.zeros((), device=images.device, dtype=torch.int64)
-    seen = 0
-    with tqdm(order.split(batch_size), desc=description, unit="batch", leave=False, disable=None) as batches:
-        for step, batch in enumerate(batches, start=1):
+    batches = torch.randperm(len(images)).to(images.device).split(batch_size)
+    sizes = torch.tensor([float(len(batch)) for batch in batches], device=images.device)
+    losses = torch.zeros_like(sizes)
+    correct = torch.zeros((), device=images.device, dtype=torch.int64)
+    with tqdm(batches, desc=description, unit="batch", leave=False, disable=None) as bar:
+        for step, batch in enumerate(bar):
             optimizer.zero_grad()
             logits = model(images[batch])  # (batch, 10)
             loss = F.cross_entropy(logits, labels[batch])
             loss.backward()
             optimizer.step()
 
-            total_loss += loss.detach() * len(batch)
-            total_correct += (logits.argmax(1) == labels[batch]).sum()
-            seen += len(batch)
-            if step % log_interval == 0:  # .item() makes the CPU wait for the GPU
-                loss_so_far, accuracy_so_far = total_loss.item() / seen, 100 * total_correct.item() / seen
-                batches.set_postfix_str(f"loss {loss_so_far:.4f}, accuracy {accuracy_so_far:.2f} %")
-    return total_loss.item() / seen, 100 * total_correct.item() / seen
+            losses[step] = loss.detach()
+            correct += (logits.argmax(1) == labels[batch]).sum()
+            if (step + 1) % log_interval == 0:  # .item() makes the CPU wait for the GPU
+                accuracy = 100 * correct.item() / sizes[: step + 1].sum().item()
+                bar.set_postfix_str(f"loss {mean_loss(losses, sizes[: step + 1]):.4f}, accuracy {accuracy:.2f} %")
+    return mean_loss(losses, sizes), 100 * correct.item() / len(images)
+
+
+def mean_loss(losses: Tensor, sizes: Tensor) -> float:
+    """Return the mean loss per image of the first batches, as many as there are sizes.
+
+    Raises FloatingPointError, naming the batch, where a loss is NaN or infinite.
+    """
+    losses = losses[: len(sizes)]
+    wrong = losses.isfinite().logical_not().nonzero()  # (N, 1)
+    if len(wrong):
+        raise FloatingPointError(f"the loss of batch {wrong[0].item() + 1} is {losses[wrong[0]].item()}")
+    return (losses @ sizes / sizes.sum()).item()
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float]:
-    """Return mean loss and accuracy (per cent) on images (N, 1, 28, 28) with labels (N,)."""
+    """Return mean loss and accuracy (per cent) on images (N, 1, 28, 28) with labels (N,).
+
+    Raises FloatingPointError where the loss is NaN or infinite.
+    """
     model.eval()
     logits = torch.cat([model(batch) for batch in images.split(batch_size)])  # (N, 10)
-    correct = (logits.argmax(1) == labels).sum().item()
-    return F.cross_entropy(logits, labels).item(), 100 * correct / len(labels)
+    loss = F.cross_entropy(logits, labels).item()
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss on the test set is {loss}")
+    return loss, 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -106,25 +132,78 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Return a checkpoint, its tensors on the CPU; raises ScriptError for any other file."""
+def load_checkpoint(path: Path, also: Iterable[str] = ()) -> dict:
+    """Return a checkpoint, its tensors on the CPU.
+
+    Raises ScriptError where the file is not one, or not whole: every byte is held against the file's checksums, and
+    the names, the shapes and the numbers must be what a model of models.py needs. `also` names further numbers that
+    it must have. Nothing in the file is executed.
+    """
     try:
+        data = path.read_bytes()
+        damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()
+        if damaged:
+            raise ValueError(f"{damaged} in it is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.0 warns of what it does itself
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        missing = [key for key in ("model_name", *STATES, *RESULTS, *also) if key not in checkpoint]
         if missing:
             raise ValueError(f"it has no {', '.join(missing)}")
-        build_model(checkpoint["model_name"]).load_state_dict(checkpoint["model_state_dict"])
-    except Exception as error:  # a file that is no checkpoint fails in many ways
+        if not all(math.isfinite(checkpoint[key]) for key in (*RESULTS, *also)):
+            raise ValueError("a number in it is not finite")
+        model = build_model(checkpoint["model_name"])
+        model.load_state_dict(checkpoint["model_state_dict"])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        momenta = [(p, m) for p, state in optimizer.state.items() for m in state.values() if isinstance(m, Tensor)]
+        if any(momentum.shape != parameter.shape for parameter, momentum in momenta):
+            raise ValueError("its optimizer is another model's")
+        if not all(tensor.isfinite().all() for tensor in (*model.state_dict().values(), *dict(momenta).values())):
+            raise ValueError("a weight or a momentum in it is not finite")
+    except Exception as error:  # a file that is no checkpoint can fail anywhere
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ScriptError(f"{path} is not a checkpoint of train_test_mnist.py ({reason}); name another file") from error
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        elif isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than tensors, numbers and text"
+        raise ScriptError(f"{path} is not an intact checkpoint: {reason}; name another file") from error
     return checkpoint
+
+
+def find_newest_checkpoint(folder: Path) -> Path:
+    """Return the newest intact checkpoint of the folder, naming newer damaged ones; raises ScriptError without one."""
+    epochs = sorted(folder.glob("mnist_model_epoch_*.pth"), key=lambda path: (len(path.name), path.name))
+    damaged = []
+    for path in [*reversed(epochs), *folder.glob(BEST)]:
+        try:
+            load_checkpoint(path, also=RESUMED)
+        except ScriptError as error:
+            damaged.append(str(error))
+        else:
+            if damaged:
+                print(f"Resuming from {path}, for {'; '.join(damaged)}", file=sys.stderr)
+            return path
+    reasons = "; ".join(damaged) or "there is no checkpoint"
+    raise ScriptError(f"cannot resume in {folder}: {reasons}. Leave out --resume to start anew")
+
+
+def check_room(folder: Path, model: nn.Module, count: int) -> None:
+    """Raise ScriptError unless `count` checkpoints of the model can be written to the folder."""
+    make_folder(folder)
+    buffer = io.BytesIO()
+    torch.save([model.state_dict(), model.state_dict()], buffer)  # as large as the model and its momentum
+    trial = folder / "trial.pth.tmp"
+    write_file(trial, buffer.getvalue())
+    trial.unlink()
+    needed, free = count * len(buffer.getvalue()), shutil.disk_usage(folder).free
+    if free < needed:
+        raise ScriptError(f"{folder} has {free:,} bytes left, {count} checkpoints need {needed:,}; choose another")
 
 
 def set_aside_earlier_run(folder: Path) -> None:
     """Move an earlier run's checkpoints into folder/earlier_run_N, so that a new run overwrites none."""
-    checkpoints = [*folder.glob("mnist_model_epoch_*.pth"), *folder.glob("best_mnist_model.pth")]
+    checkpoints = [*folder.glob("mnist_model_epoch_*.pth"), *folder.glob(BEST)]
     if not checkpoints:
         return
     candidates = (folder / f"earlier_run_{n}" for n in itertools.count(1))
@@ -135,8 +214,31 @@ def set_aside_earlier_run(folder: Path) -> None:
     print(f"Moved {len(checkpoints)} checkpoints of an earlier run to {target}")
 
 
+def prepare_folder(folder: Path, resume: Path | None, resumed: dict) -> float:
+    """Prepare a run's first save: set an earlier run aside, unless the resumed one goes on in its folder.
+
+    The best checkpoint of the resumed run is put in its place, if need be from its epoch's file. Returns its test
+    accuracy, minus infinity where there is none.
+    """
+    goes_on = resume is not None and resume.resolve().parent == folder.resolve()
+    best_accuracy, source = -math.inf, None
+    for name in (BEST, f"mnist_model_epoch_{resumed['best_epoch']}.pth") if resume else ():
+        with contextlib.suppress(ScriptError):
+            found = load_checkpoint(resume.parent / name)
+            if source is None and (goes_on or found["epoch"] == resumed["best_epoch"]):
+                best_accuracy, source = found["test_accuracy"], resume.parent / name
+    if not goes_on:
+        set_aside_earlier_run(folder)
+    if source and not (goes_on and source.name == BEST):
+        write_file(folder / BEST, source.read_bytes())
+    return best_accuracy
+
+
 def parse_args() -> argparse.Namespace:
-    """Read the command line; the defaults are the recipe."""
+    """Read the command line; the defaults are the recipe, or what the checkpoint to resume from was trained with.
+
+    Of that checkpoint, resume becomes the path, and checkpoint the content.
+    """
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -151,9 +253,23 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="auto", type=device_type, help="auto, cpu, cuda, mps, xpu (default: %(default)s)")
     add("--data-dir", default="data", type=Path, help="holds MNIST/raw (default: %(default)s)")
     add("--checkpoint-dir", default="model_checkpoints", type=Path, help="holds *.pth (default: %(default)s)")
+    add("--resume", nargs="?", const="newest", metavar="FILE", help="go on from a checkpoint (default: the newest)")
+    add("--deterministic", action="store_true", help="let a GPU, too, give the same result every time")
     add("--log-interval", default=10, type=count, help="steps between updates of the bar (default: %(default)s)")
     add("--dry-run", action="store_true", help="one training and one test batch through it all; saves nothing")
-    args = parser.parse_args()
+    args, checkpoint = parser.parse_args(), None
+    if args.resume:
+        path = find_newest_checkpoint(args.checkpoint_dir) if args.resume == "newest" else Path(args.resume)
+        checkpoint = load_checkpoint(path, also=RESUMED)
+        stored = {"model": checkpoint["model_name"], **{name: checkpoint[name] for name in RECIPE}}
+        parser.set_defaults(**stored, epochs=checkpoint["epochs"], checkpoint_dir=path.parent)
+        args = parser.parse_args()
+        for name, value in stored.items():
+            if getattr(args, name) != value:
+                option = f"--{name.replace('_', '-')}"
+                parser.error(f"{option} {getattr(args, name)} contradicts {path}, trained with {value}; leave it out")
+        args.resume = path
+    args.checkpoint = checkpoint
     args.batch_size = args.batch_size or default_batch_size(args.device)
     return args
 
@@ -196,60 +312,81 @@ def device_type(name: str) -> torch.device:
 def main() -> None:
     """Train, test and save, epoch after epoch."""
     args = parse_args()
+    resumed = args.checkpoint or {"epoch": 0, "best_test_accuracy": -math.inf, "best_epoch": 0}
+    if resumed["epoch"] >= args.epochs:
+        print(f"{args.resume} has finished epoch {resumed['epoch']}: nothing left to do; --epochs may be larger")
+        return
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     download_mnist(args.data_dir)
     train_set = load_mnist(args.data_dir, train=True, device=args.device)
     test_set = load_mnist(args.data_dir, train=False, device=args.device)
     if args.dry_run:
-        args.epochs = 1
+        args.epochs = resumed["epoch"] + 1
         train_set = [tensor[: args.batch_size] for tensor in train_set]
         test_set = [tensor[: args.test_batch_size] for tensor in test_set]
-    else:
-        make_folder(args.checkpoint_dir)
 
     torch.manual_seed(args.seed)
     model = build_model(args.model).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
-    recipe = {name: getattr(args, name) for name in ("batch_size", "lr", "momentum", "seed")}
+    if args.checkpoint:
+        model.load_state_dict(resumed["model_state_dict"])
+        optimizer.load_state_dict(resumed["optimizer_state_dict"])
+    if not args.dry_run:
+        check_room(args.checkpoint_dir, model, args.epochs - resumed["epoch"] + 1)
+    recipe = {name: getattr(args, name) for name in RECIPE}
     print(f"{args.model} on {args.device}:", ", ".join(f"{name} {value}" for name, value in recipe.items()))
 
     print("epoch   train loss   accuracy   test loss   accuracy       best   seconds")
-    best_path = args.checkpoint_dir / "best_mnist_model.pth"
-    best_accuracy, best_epoch = -math.inf, 0
-    for epoch in range(1, args.epochs + 1):
-        start = time.perf_counter()
-        seed_epoch(args.seed, epoch)
-        train_loss, train_accuracy = train_one_epoch(
-            model, optimizer, *train_set, args.batch_size, args.log_interval, f"epoch {epoch}/{args.epochs}"
-        )
-        test_loss, test_accuracy = evaluate(model, *test_set, args.test_batch_size)
-        is_best = test_accuracy > best_accuracy
-        if is_best:
-            best_accuracy, best_epoch = test_accuracy, epoch
-        print(
-            f"{epoch:5}   {train_loss:10.4f}   {train_accuracy:6.2f} %   "
-            f"{test_loss:9.4f}   {test_accuracy:6.2f} %   {best_accuracy:6.2f} %   "
-            f"{time.perf_counter() - start:7.1f}",
-            flush=True,
-        )
-        if args.dry_run:
-            print("Dry run: every step works; nothing was saved")
-            return
-        if epoch == 1:
-            set_aside_earlier_run(args.checkpoint_dir)
-        last_path = args.checkpoint_dir / f"mnist_model_epoch_{epoch}.pth"
-        checkpoint = {
-            "model_name": args.model,
-            "model_state_dict": model.state_dict(),
-            "optimizer_state_dict": optimizer.state_dict(),
-            "epoch": epoch,
-            "train_accuracy": train_accuracy,
-            "test_accuracy": test_accuracy,
-            "best_test_accuracy": best_accuracy,
-            "arguments": recipe,
-        }
-        save_checkpoint(last_path, checkpoint)
-        if is_best:
-            save_checkpoint(best_path, checkpoint)
+    last_path, best_path = args.resume, args.checkpoint_dir / BEST
+    best_accuracy, best_epoch = resumed["best_test_accuracy"], resumed["best_epoch"]
+    try:
+        for epoch in range(resumed["epoch"] + 1, args.epochs + 1):
+            start = time.perf_counter()
+            seed_epoch(args.seed, epoch)
+            train_loss, train_accuracy = train_one_epoch(
+                model, optimizer, *train_set, args.batch_size, args.log_interval, f"epoch {epoch}/{args.epochs}"
+            )
+            test_loss, test_accuracy = evaluate(model, *test_set, args.test_batch_size)
+            is_best = test_accuracy > best_accuracy
+            if is_best:
+                best_accuracy, best_epoch = test_accuracy, epoch
+            print(
+                f"{epoch:5}   {train_loss:10.4f}   {train_accuracy:6.2f} %   "
+                f"{test_loss:9.4f}   {test_accuracy:6.2f} %   {best_accuracy:6.2f} %   "
+                f"{time.perf_counter() - start:7.1f}",
+                flush=True,
+            )
+            if args.dry_run:
+                print("Dry run: every step works; nothing was saved")
+                return
+            if epoch == resumed["epoch"] + 1:
+                best_saved = prepare_folder(args.checkpoint_dir, args.resume, resumed)
+            checkpoint = {
+                "model_name": args.model,
+                "model_state_dict": model.state_dict(),
+                "optimizer_state_dict": optimizer.state_dict(),
+                "epoch": epoch,
+                "train_accuracy": train_accuracy,
+                "test_accuracy": test_accuracy,
+                "best_test_accuracy": best_accuracy,
+                "best_epoch": best_epoch,
+                "epochs": args.epochs,
+                **recipe,
+            }
+            if is_best and test_accuracy > best_saved:  # before the epoch's file, from which a run would go on
+                save_checkpoint(best_path, checkpoint)
+            path = args.checkpoint_dir / f"mnist_model_epoch_{epoch}.pth"
+            save_checkpoint(path, checkpoint)
+            last_path = path
+    except FloatingPointError as error:
+        last = f"the last good checkpoint is {last_path}" if last_path else "nothing was saved"
+        raise ScriptError(f"epoch {epoch}: {error}; {last}; try a lower --lr") from error
+    except KeyboardInterrupt as interrupt:
+        go_on = shlex.join(["python", *sys.argv, "--resume", str(last_path)])
+        interrupt.advice = f"to go on: {go_on}" if last_path else "nothing was saved yet"
+        raise
 
     print(f"Best: epoch {best_epoch}, test accuracy {best_accuracy:.2f} %, saved as {best_path}")
     print(f"Last: epoch {epoch}, test accuracy {test_accuracy:.2f} %, saved as {last_path}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 import download_mnist
 
@@ -44,9 +45,8 @@ def tiny_arrays(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-@pytest.fixture(scope="session")
-def tiny_files() -> dict[str, bytes]:
-    """The four IDX files of a data set of 200 training and 100 test images."""
+def make_tiny_files() -> dict[str, bytes]:
+    """Return the four IDX files of a data set of 200 training and 100 test images."""
     (train_images, train_labels), (test_images, test_labels) = (tiny_arrays(200, seed=1), tiny_arrays(100, seed=2))
     return {
         "train-images-idx3-ubyte": idx_bytes(train_images),
@@ -56,10 +56,21 @@ def tiny_files() -> dict[str, bytes]:
     }
 
 
+def sums_of(files: dict[str, bytes]) -> dict[str, tuple[int, str]]:
+    """Return size and SHA-256 of the files, in the form of download_mnist.FILES."""
+    return {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_files() -> dict[str, bytes]:
+    """The tiny data set's four IDX files."""
+    return make_tiny_files()
+
+
 @pytest.fixture(scope="session")
 def tiny_sums(tiny_files: dict[str, bytes]) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of the tiny files, in the form of download_mnist.FILES."""
-    return {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in tiny_files.items()}
+    """The tiny files in the form of download_mnist.FILES."""
+    return sums_of(tiny_files)
 
 
 @pytest.fixture
@@ -113,6 +124,18 @@ def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 def tiny_command(tiny_sums: dict[str, tuple[int, str]]) -> Callable[..., list[str]]:
     """Return a function that gives Python's arguments for a script and its options on the tiny data set."""
     return lambda *argv: ["-c", ON_TINY_MNIST.format(files=tiny_sums, argv=list(map(str, argv)))]
+
+
+def assert_same(first: object, second: object) -> None:
+    """Check that two checkpoints, or parts of them, are equal to the last bit."""
+    if isinstance(first, Tensor):
+        assert first.equal(second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    else:
+        assert first == second
 
 
 def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:

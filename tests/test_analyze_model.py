@@ -551,7 +551,7 @@ def test_checkpoint(tmp_path: Path) -> None:
 def test_trained_weights_are_the_ones_analyzed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("Model1")
     stored = {"model_name": "Model1", "model_state_dict": model.state_dict(), "optimizer_state_dict": {}, "epoch": 1}
-    save_checkpoint(tmp_path / "a.pth", stored | dict.fromkeys(analyze_model.STORED[1:], 50.0))
+    save_checkpoint(tmp_path / "a.pth", stored | dict.fromkeys(analyze_model.RESULTS[1:], 50.0))
     given = []
     monkeypatch.setattr(analyze_model, "analyze", lambda model, *_: given.append(model) or analyze(model, (28, 28), 1))
     monkeypatch.setattr(sys, "argv", ["analyze_model.py", "--checkpoint", str(tmp_path / "a.pth"), "--device", "cpu"])
