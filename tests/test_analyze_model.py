@@ -535,7 +535,8 @@ def test_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "best.pth"
     model = build_model("Model2")
     accuracies = {"train_accuracy": 97.5, "test_accuracy": 98.25, "best_test_accuracy": 98.75}
-    states = {"model_state_dict": model.state_dict(), "optimizer_state_dict": {}}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    states = {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}
     save_checkpoint(path, {"model_name": "Model2", "epoch": 7, **accuracies, **states})
     result = run("analyze_model.py", "--checkpoint", path, "--no-verify")
     assert result.returncode == 0, result.stderr
@@ -550,8 +551,9 @@ def test_checkpoint(tmp_path: Path) -> None:
 
 def test_trained_weights_are_the_ones_analyzed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("Model1")
-    stored = {"model_name": "Model1", "model_state_dict": model.state_dict(), "optimizer_state_dict": {}, "epoch": 1}
-    save_checkpoint(tmp_path / "a.pth", stored | dict.fromkeys(analyze_model.RESULTS[1:], 50.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    stored = {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}
+    save_checkpoint(tmp_path / "a.pth", stored | {"model_name": "Model1"} | dict.fromkeys(analyze_model.RESULTS, 50))
     given = []
     monkeypatch.setattr(analyze_model, "analyze", lambda model, *_: given.append(model) or analyze(model, (28, 28), 1))
     monkeypatch.setattr(sys, "argv", ["analyze_model.py", "--checkpoint", str(tmp_path / "a.pth"), "--device", "cpu"])

@@ -1,6 +1,7 @@
 """Training: the recipe, the checkpoints, what a seed fixes, and every way to get an option wrong."""
 
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -199,8 +200,8 @@ class TestRun:
 
     @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_interrupt(self, number: int, status: int, tiny_command: Callable, tiny_data: Path, tmp_path: Path) -> None:
-        options = "--data-dir", tiny_data, "--checkpoint-dir", tmp_path, "--epochs", 10**6
-        command = [sys.executable, *tiny_command("train_test_mnist.py", *options)]
+        options = "--data-dir", tiny_data, "--checkpoint-dir", tmp_path, "--device", "cpu"
+        command = [sys.executable, *tiny_command("train_test_mnist.py", *options, "--epochs", 10**6)]
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -214,13 +215,21 @@ class TestRun:
                 assert process.poll() is None
                 time.sleep(0.05)
             process.send_signal(number)
+            process.send_signal(number)  # once more, by an impatient user
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
         assert process.returncode == status
         assert "Traceback" not in errors
         assert not list(tmp_path.glob("*.tmp"))
-        load(tmp_path / "mnist_model_epoch_1.pth")
+        (line,) = errors.splitlines()
+        go_on = shlex.split(line.partition("to go on: ")[2])
+        assert [go_on[0], go_on[-2]] == ["python", "--resume"]
+        finished = tt.load_checkpoint(Path(go_on[-1]))["epoch"]
+        assert finished >= len(list(tmp_path.glob("mnist_model_epoch_*.pth"))) - 1  # the last one or the one before
+        result = run(*tiny_command(*go_on[1:], "--epochs", 1))
+        assert result.returncode == 0, result.stderr
+        assert "nothing left to do" in result.stdout
 
 
 class TestFunctions:
