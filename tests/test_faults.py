@@ -432,11 +432,13 @@ class TestSaving:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 400 kB; the test is skipped where none can be mounted."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(tmp_path)]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a tmpfs cannot be mounted here; the limit on file sizes is tested")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 class TestNotFinite:
