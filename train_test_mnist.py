@@ -333,6 +333,7 @@ def main() -> None:
     if args.checkpoint:
         model.load_state_dict(resumed["model_state_dict"])
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
+        print(f"Going on from {args.resume}")
     if not args.dry_run:
         check_room(args.checkpoint_dir, model, args.epochs - resumed["epoch"] + 1)
     recipe = {name: getattr(args, name) for name in RECIPE}
