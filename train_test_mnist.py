@@ -385,7 +385,8 @@ def main() -> None:
         last = f"the last good checkpoint is {last_path}" if last_path else "nothing was saved"
         raise ScriptError(f"epoch {epoch}: {error}; {last}; try a lower --lr") from error
     except KeyboardInterrupt as interrupt:
-        go_on = shlex.join(["python", *sys.argv, "--resume", str(last_path)])
+        others = [word for word in sys.argv if word != "--resume" and Path(word) != args.resume]
+        go_on = shlex.join(["python", *others, "--resume", str(last_path)])
         interrupt.advice = f"to go on: {go_on}" if last_path else "nothing was saved yet"
         raise
 

@@ -172,6 +172,23 @@ class TestResume:
         train(folder, "--resume", folder / "mnist_model_epoch_1.pth")
         assert (folder / "best_mnist_model.pth").read_bytes() == best
 
+    def test_an_interrupt_gives_the_command_to_go_on(
+        self, train: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*args: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(tt, "train_one_epoch", interrupt)
+        last = folder / "mnist_model_epoch_4.pth"
+        for options in (("--resume", "--epochs", 9), ("--epochs", 9, "--resume", last)):
+            with pytest.raises(KeyboardInterrupt) as stop:
+                train(folder, *options)
+            assert stop.value.advice.endswith(f" --device cpu --epochs 9 --resume {last}")
+            assert stop.value.advice.count("--resume") == 1
+        with pytest.raises(KeyboardInterrupt) as stop:
+            train(folder)
+        assert stop.value.advice == "nothing was saved yet"
+
     def test_deterministic(self, train: Callable, tmp_path: Path, straight: Path) -> None:
         try:
             train(tmp_path, "--deterministic", "--epochs", 1, "--batch-size", 16)
