@@ -529,6 +529,10 @@ def measure_training_step(model: nn.Module, images: Tensor) -> int:
 
 def run_checks(model: nn.Module, images: Tensor, run: Recorder) -> list[Check]:
     """Compare what was computed with what the model does when it runs again; fill in MACs that have no formula."""
+    functions = [call.function for call in run.calls]
+    hooked_run = Recorder(model, images, hook=True)
+    if [call.function for call in hooked_run.calls] != functions:
+        return [Check("repetition", False, "forward does not call the same functions every time")]
     height, width = images.shape[2:]
     counter = FlopCounterMode(display=False) if FlopCounterMode else None
     flops, all_flops, blind = dict.fromkeys(map(id, run.layers), 0), 0, []
@@ -536,7 +540,7 @@ def run_checks(model: nn.Module, images: Tensor, run: Recorder) -> list[Check]:
     for probes in torch.arange(height + width).split(64):
         with torch.no_grad():
             again = Recorder(evaluated, nan_images(height, width)[probes], counter)
-        if again.failure or [call.function for call in again.calls] != [call.function for call in run.calls]:
+        if again.failure or [call.function for call in again.calls] != functions:
             return [Check("evaluation mode", False, again.failure or "forward does not call what it calls in training")]
         all_flops += counter.get_total_flops() if counter else 0
         for call, repeated in zip(run.calls, again.calls, strict=True):
@@ -549,7 +553,7 @@ def run_checks(model: nn.Module, images: Tensor, run: Recorder) -> list[Check]:
         layer.macs = counted[id(layer)] // 2 if layer.macs is None else layer.macs
         wrong_macs += [layer.name] if 2 * layer.macs != counted[id(layer)] else []
 
-    hooked = count_bytes((call.hooked for call in Recorder(model, images, hook=True).calls), [images, model])
+    hooked = count_bytes((call.hooked for call in hooked_run.calls), [images, model])
     misjudged = [call.layer.name for call, size in zip(run.calls, hooked, strict=True) if call.kept != size]
     followed = [call for call in run.calls if call.views]
     misshapen = [call.layer.name for call in followed if not fits(call.outputs[0], call.views)]

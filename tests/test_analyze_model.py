@@ -418,6 +418,12 @@ def test_forward_that_differs_in_evaluation_mode_fails() -> None:
     assert "evaluation" in analyze(model, (28, 28), batch_size=2).problems()[0]
 
 
+def test_forward_that_differs_from_time_to_time_fails() -> None:
+    times = iter(range(9))
+    model = Net(lambda net, x: net.a(x) * 2 if next(times) % 2 else net.a(x), a=Conv2d(1, 2, 3))
+    assert "every time" in analyze(model, (28, 28), batch_size=2).problems()[0]
+
+
 def test_operations_on_no_image_are_not_passed_over() -> None:
     if not analyze_model.FlopCounterMode:
         pytest.skip("torch has its FLOP counter since version 2.1")

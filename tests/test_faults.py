@@ -157,11 +157,28 @@ class TestResume:
             assert_same(tt.load_checkpoint(other / name), tt.load_checkpoint(straight / name))
         assert len(list(other.glob("*.pth"))) == 2
 
-    def test_a_damaged_best_checkpoint_is_restored(self, train: Callable, folder: Path, straight: Path) -> None:
-        (folder / "best_mnist_model.pth").write_bytes(b"damaged")
-        (folder / "mnist_model_epoch_4.pth").unlink()
-        train(folder, "--resume")
-        assert_same(load_all(folder), load_all(straight))
+    def test_the_folder_is_the_checkpoint_s_own(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = folder / "mnist_model_epoch_2.pth"
+        monkeypatch.setattr("sys.argv", ["train_test_mnist.py", "--resume", str(path)])
+        args = tt.parse_args()
+        assert (args.resume, args.checkpoint_dir, args.epochs, args.batch_size) == (path, folder, 4, 16)
+
+    def test_the_best_checkpoint_so_far_goes_along(
+        self, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        accuracies = iter([50.0, 70.0, 60.0, 55.0, 65.0, 60.0])
+        monkeypatch.setattr(tt, "evaluate", lambda *args: (1.0, next(accuracies)))
+        first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+        train(first, "--epochs", 3)
+        best = tt.load_checkpoint(first / "best_mnist_model.pth")
+        assert best["epoch"] == 2
+        train(second, "--resume", first / "mnist_model_epoch_3.pth", "--epochs", 4)
+        assert_same(tt.load_checkpoint(second / "best_mnist_model.pth"), best)
+        (first / "best_mnist_model.pth").write_bytes(b"damaged")
+        train(first, "--resume", "--epochs", 4)  # from the second epoch's file
+        assert_same(tt.load_checkpoint(first / "best_mnist_model.pth"), best)
+        train(third, "--resume", first / "mnist_model_epoch_1.pth", "--epochs", 2)  # which does not know of the 70
+        assert tt.load_checkpoint(third / "best_mnist_model.pth")["test_accuracy"] == 60
 
     def test_best_is_never_replaced_by_a_worse_one(
         self, train: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -287,6 +304,7 @@ class TestLoading:
         assert message.startswith(f"{path} is not an intact checkpoint: ")
         assert message.endswith("; name another file")
         assert reason in message
+        assert "Errno" not in message
         assert "\n" not in message
         assert not (tmp_path / "executed").exists()
         assert before == (path.read_bytes() if path.is_file() else None)
@@ -393,8 +411,8 @@ class TestSaving:
         old, new, other = (tmp_path / name for name in ("a.pth.1.tmp", "a.pth.2.tmp", "b.pth.1.tmp"))
         for path in (old, new, other):
             path.write_bytes(b"half")
-        for path in (old, other):
-            os.utime(path, (time.time() - 3600,) * 2)
+        for path, age in ((old, 3600), (new, 60), (other, 3600)):
+            os.utime(path, (time.time() - age,) * 2)
         write_file(tmp_path / "a.pth", b"whole")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "a.pth.2.tmp", "b.pth.1.tmp"]
 
