@@ -4,12 +4,14 @@ import contextlib
 import gzip
 import http.server
 import pickle
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -254,6 +256,18 @@ class TestWrongFiles:
         assert server.asked.count(name) == 3
         assert pauses == [1, 3]
 
+    def test_a_connection_that_times_out_is_tried_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        attempts = []
+
+        def time_out(*args: object, **options: object) -> None:
+            attempts.append(args)
+            raise urllib.error.URLError(TimeoutError("timed out"))
+
+        monkeypatch.setattr(urllib.request, "build_opener", lambda *handlers: SimpleNamespace(open=time_out))
+        with pytest.raises(urllib.error.URLError):
+            dm.fetch("https://example.org/a.gz", 9, (0, 0))
+        assert len(attempts) == 3
+
     def test_redirects(self, tmp_path: Path, server: Server, tiny_files: dict) -> None:
         name = f"{NAMES[0]}.gz"
         server.answers["moved.gz"] = server.answers[name]
@@ -304,6 +318,22 @@ class TestWrongFiles:
         with pytest.raises(dm.ScriptError, match=r"^cannot write .*No space left"):  # and no other source
             dm.download_mnist(tmp_path, str(tiny_gz))
         assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_second_interrupt_ends_the_script_at_once(capsys: pytest.CaptureFixture) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stop:
+            dm.run_script(interrupt)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.endswith(": interrupted; run it again\n")
 
 
 def test_script_with_a_source_that_answers_404(tmp_path: Path, server: Server) -> None:
