@@ -76,8 +76,8 @@ class Layer:
     parameters: int = 0
     share: float = 0.0  # per cent of the model's parameters
     buffers: int = 0
-    macs: int | None = 0  # None where not known
-    kept: int = 0
+    macs: int | None = 0  # per image; None where not known
+    kept: int = 0  # bytes, for the batch
     fields: list[dict[str, Axis]] = dataclasses.field(default_factory=list)  # height and width, if it changes them
     unknown: str | None = None  # why the receptive field is not known
 
@@ -151,7 +151,11 @@ class CannotFollowError(Exception):
 
 
 def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, verify: bool = True) -> Analysis:
-    """Analyze a model on grey images (batch_size, 1, *input_size) on the model's device; the model stays as it is."""
+    """Analyze a model on grey images (batch_size, 1, *input_size) on the model's device; the model stays as it is.
+
+    Images that the model does not take are no error: then `failure` says why. Raises RuntimeError where an in-place
+    function destroys what autograd has kept, for then the model cannot be trained. Without `verify` no check is made.
+    """
     model = copy.deepcopy(model).train()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = torch.zeros(batch_size, 1, *input_size, device=device)
@@ -649,7 +653,8 @@ def format_table(rows: list[list[object]], text_columns: int) -> str:
 def format_report(name: str, analysis: Analysis) -> str:
     """Return the sections as text."""
     stored = analysis.checkpoint or {}
-    lines = [name, *(f"{key.replace('_', ' ')} {value}" for key, value in stored.items())]
+    numbers = {key: f"{value:.2f} %" if isinstance(value, float) else value for key, value in stored.items()}
+    lines = [name, *(f"{key.replace('_', ' ')} {number}" for key, number in numbers.items())]
     where = f"{format_shape(analysis.input_size)} images in batches of {analysis.batch_size} on {analysis.device}"
     lines += ["\nArchitecture", analysis.architecture, f"\nLayers, for {where}", *format_layers(analysis)]
     if analysis.failure:

@@ -424,6 +424,16 @@ def test_forward_that_differs_from_time_to_time_fails() -> None:
     assert "every time" in analyze(model, (28, 28), batch_size=2).problems()[0]
 
 
+def test_what_cannot_be_trained_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Sequential(Conv2d(1, 2, 3), nn.Sigmoid(), ReLU(inplace=True))  # sigmoid needs what ReLU overwrites
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        analyze(model, (28, 28), batch_size=2)
+    monkeypatch.setattr(analyze_model, "build_model", lambda name: model)
+    monkeypatch.setattr(sys, "argv", ["analyze_model.py", "--device", "cpu"])
+    with pytest.raises(ScriptError, match=r"^Model5 cannot be analyzed: one of the variables needed"):
+        analyze_model.main()
+
+
 def test_operations_on_no_image_are_not_passed_over() -> None:
     if not analyze_model.FlopCounterMode:
         pytest.skip("torch has its FLOP counter since version 2.1")
@@ -547,7 +557,7 @@ def test_checkpoint(tmp_path: Path) -> None:
     result = run("analyze_model.py", "--checkpoint", path, "--no-verify")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Model2\n")
-    for words in ("epoch 7", "train accuracy 97.5", "test accuracy 98.25", "best test accuracy 98.75"):
+    for words in ("epoch 7", "train accuracy 97.50 %", "test accuracy 98.25 %", "best test accuracy 98.75 %"):
         assert words in result.stdout
     assert_one_line(run("analyze_model.py", "--checkpoint", path, "--model", "Model1"), str(path), "Model2", "--model")
     assert_one_line(run("analyze_model.py", "--checkpoint", tmp_path / "none.pth"), str(tmp_path / "none.pth"))
