@@ -27,6 +27,7 @@ import pickle
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -162,7 +163,7 @@ def load_checkpoint(path: Path, also: Iterable[str] = ()) -> dict:
         if not all(tensor.isfinite().all() for tensor in (*model.state_dict().values(), *dict(momenta).values())):
             raise ValueError("a weight or a momentum in it is not finite")
     except Exception as error:  # a file that is no checkpoint can fail anywhere
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
         if isinstance(error, OSError):
             reason = error.strerror or reason
         elif isinstance(error, pickle.UnpicklingError):

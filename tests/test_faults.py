@@ -277,7 +277,7 @@ def damage(kind: str, path: Path, workplace: Path) -> str:
         path.write_bytes(pickle.dumps(Bomb(workplace / "executed")))
     return {
         "missing": "No such file", "folder": "directory", "a tensor's byte": "damaged", "no epoch": "has no epoch",
-        "bare state dict": "has no model_name", "another model's weights": "Model1", "unknown model": "ResNet",
+        "bare state dict": "has no model_name", "another model's weights": "Missing key", "unknown model": "ResNet",
         "NaN weights": "not finite", "infinite momentum": "not finite", "NaN accuracy": "not finite",
         "another optimizer's shapes": "another model's", "bomb": "more than tensors", "a list": "has no model_name",
     }.get(kind, "")  # fmt: skip
