@@ -136,7 +136,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def load_checkpoint(path: Path, also: Iterable[str] = ()) -> dict:
     """Return a checkpoint, its tensors on the CPU.
 
-    Raises ScriptError where the file is not one, or not whole: every byte is held against the file's checksums, and
+    Raises ScriptError where the file is not one, or not whole: all content is held against the file's checksums, and
     the names, the shapes and the numbers must be what a model of models.py needs. `also` names further numbers that
     it must have. Nothing in the file is executed.
     """
@@ -172,19 +172,22 @@ def load_checkpoint(path: Path, also: Iterable[str] = ()) -> dict:
     return checkpoint
 
 
-def find_newest_checkpoint(folder: Path) -> Path:
-    """Return the newest intact checkpoint of the folder, naming newer damaged ones; raises ScriptError without one."""
+def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
+    """Return path and content of the folder's newest intact checkpoint, and name newer damaged ones.
+
+    Raises ScriptError where no checkpoint is intact.
+    """
     epochs = sorted(folder.glob("mnist_model_epoch_*.pth"), key=lambda path: (len(path.name), path.name))
     damaged = []
     for path in [*reversed(epochs), *folder.glob(BEST)]:
         try:
-            load_checkpoint(path, also=RESUMED)
+            checkpoint = load_checkpoint(path, also=RESUMED)
         except ScriptError as error:
             damaged.append(str(error))
         else:
             if damaged:
                 print(f"Resuming from {path}, for {'; '.join(damaged)}", file=sys.stderr)
-            return path
+            return path, checkpoint
     reasons = "; ".join(damaged) or "there is no checkpoint"
     raise ScriptError(f"cannot resume in {folder}: {reasons}. Leave out --resume to start anew")
 
@@ -192,12 +195,11 @@ def find_newest_checkpoint(folder: Path) -> Path:
 def check_room(folder: Path, model: nn.Module, count: int) -> None:
     """Raise ScriptError unless `count` checkpoints of the model can be written to the folder."""
     make_folder(folder)
-    buffer = io.BytesIO()
-    torch.save([model.state_dict(), model.state_dict()], buffer)  # as large as the model and its momentum
     trial = folder / "trial.pth.tmp"
-    write_file(trial, buffer.getvalue())
+    save_checkpoint(trial, {"model": model.state_dict(), "momentum": model.state_dict()})
+    needed = count * trial.stat().st_size
     trial.unlink()
-    needed, free = count * len(buffer.getvalue()), shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise ScriptError(f"{folder} has {free:,} bytes left, {count} checkpoints need {needed:,}; choose another")
 
@@ -260,8 +262,10 @@ def parse_args() -> argparse.Namespace:
     add("--dry-run", action="store_true", help="one training and one test batch through it all; saves nothing")
     args, checkpoint = parser.parse_args(), None
     if args.resume:
-        path = find_newest_checkpoint(args.checkpoint_dir) if args.resume == "newest" else Path(args.resume)
-        checkpoint = load_checkpoint(path, also=RESUMED)
+        if args.resume == "newest":
+            path, checkpoint = find_newest_checkpoint(args.checkpoint_dir)
+        else:
+            path, checkpoint = Path(args.resume), load_checkpoint(Path(args.resume), also=RESUMED)
         stored = {"model": checkpoint["model_name"], **{name: checkpoint[name] for name in RECIPE}}
         parser.set_defaults(**stored, epochs=checkpoint["epochs"], checkpoint_dir=path.parent)
         args = parser.parse_args()

@@ -130,12 +130,12 @@ class TestResume:
     def test_ten_is_newer_than_nine(self, folder: Path) -> None:
         shutil.copy(folder / "mnist_model_epoch_4.pth", folder / "mnist_model_epoch_9.pth")
         shutil.copy(folder / "mnist_model_epoch_4.pth", folder / "mnist_model_epoch_10.pth")
-        assert tt.find_newest_checkpoint(folder).name == "mnist_model_epoch_10.pth"
+        assert tt.find_newest_checkpoint(folder)[0].name == "mnist_model_epoch_10.pth"
 
     def test_the_best_checkpoint_alone_is_enough(self, folder: Path) -> None:
         for path in folder.glob("mnist_model_epoch_*.pth"):
             path.unlink()
-        assert tt.find_newest_checkpoint(folder).name == "best_mnist_model.pth"
+        assert tt.find_newest_checkpoint(folder)[0].name == "best_mnist_model.pth"
 
     def test_never_from_scratch(self, tiny_command: Callable, folder: Path, tmp_path: Path) -> None:
         for path in folder.glob("*.pth"):
