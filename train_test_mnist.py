@@ -100,9 +100,8 @@ class TrainingStep:
         self.model, self.optimizer, self.images, self.labels = model, optimizer, images, labels
         self.batch_size, self.compiled, self.graphed = batch_size, compiled, graphed
         self.totals = torch.zeros(2, device=images.device)  # sum of the losses, number of correct answers
-        self.compiled_model = None
-        self.graph, self.warm_ups = None, 0
-        self.batch = torch.zeros(batch_size, dtype=torch.int64, device=images.device)  # the indices of the graph
+        self.compiled_model = self.graph = self.graph_batch = None
+        self.warm_ups = 0
 
     def __call__(self, batch: Tensor) -> None:
         """Take a step, and add to `totals`."""
@@ -111,7 +110,7 @@ class TrainingStep:
         elif self.graph is None:
             self.warm_up(batch)
         else:
-            self.batch.copy_(batch)
+            self.graph_batch.copy_(batch)
             self.graph.replay()
 
     def take(self, batch: Tensor) -> None:
@@ -158,10 +157,10 @@ class TrainingStep:
             self.graphed = False
             print("The model waits for the GPU, so training goes on without a CUDA graph", file=sys.stderr)
             return
-        graph = torch.cuda.CUDAGraph()
+        graph, self.graph_batch = torch.cuda.CUDAGraph(), batch.clone()
         try:
             with torch.cuda.graph(graph):
-                self.take(self.batch)
+                self.take(self.graph_batch)
         except RuntimeError as error:
             reason = textwrap.shorten(str(error), 200)
             raise ScriptError(f"cannot record the step as a CUDA graph ({reason}); add --no-cuda-graph") from error

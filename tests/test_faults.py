@@ -102,12 +102,14 @@ class TestResume:
             ("--lr", 0.5, 0.01),
             ("--momentum", 0.5, 0.9),
             ("--seed", 2, 1),
+            ("--compile", True, False),
         ],
     )
     def test_contradiction_is_refused(
         self, option: str, given: object, stored: object, tiny_command: Callable, straight: Path
     ) -> None:
-        command = tiny_command("train_test_mnist.py", "--resume", "--checkpoint-dir", straight, option, given)
+        words = [option] if given is True else [option, given]
+        command = tiny_command("train_test_mnist.py", "--resume", "--checkpoint-dir", straight, *words)
         assert_one_line(run(*command), option, str(given), str(stored), "mnist_model_epoch_4.pth")
 
     def test_what_was_stored_may_be_given_again(self, train: Callable, folder: Path) -> None:
@@ -483,25 +485,35 @@ class TestNotFinite:
         before = load_all(folder)
         options = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--lr", 1e25, "--batch-size", 16
         result = run(*tiny_command("train_test_mnist.py", *options, "--device", "cpu"))
-        assert_one_line(result, "epoch 1: the loss of batch ", "nothing was saved", "--lr")
+        assert_one_line(result, "epoch 1: the loss is ", "nothing was saved", "--lr")
         assert_same(load_all(folder), before)
 
     def test_after_a_good_epoch(self, train: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*args: object) -> None:
-            raise FloatingPointError("the loss of batch 3 is nan")
+            raise FloatingPointError("the loss is nan after 3 batches")
 
         monkeypatch.setattr(tt, "train_one_epoch", fail)
         last = folder / "mnist_model_epoch_4.pth"
         with pytest.raises(
-            ScriptError, match=f"epoch 5: the loss of batch 3 is nan; the last good checkpoint is {last};"
+            ScriptError, match=f"epoch 5: the loss is nan after 3 batches; the last good checkpoint is {last};"
         ):
             train(folder, "--resume", "--epochs", 9)
 
-    def test_which_batch(self) -> None:
-        losses = torch.tensor([1.0, 2.0, torch.inf, torch.nan])
-        assert tt.mean_loss(losses, torch.tensor([3.0, 1.0])) == 1.25
-        with pytest.raises(FloatingPointError, match="batch 3 is inf"):
-            tt.mean_loss(losses, torch.ones(4))
+    @pytest.mark.parametrize(("log_interval", "batches"), [(1, 3), (2, 4), (100, 5)])
+    def test_how_soon(self, log_interval: int, batches: int) -> None:
+        class Failing(torch.nn.Module):  # its third batch gives infinite logits
+            calls = 0
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                Failing.calls += 1
+                return self.weight * torch.ones(len(x), 10) * (torch.inf if Failing.calls == 3 else 1)
+
+        model = Failing()
+        model.weight = torch.nn.Parameter(torch.ones(10))
+        images, labels = torch.zeros(9, 1, 1, 1), torch.zeros(9, dtype=torch.int64)
+        step = tt.TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.1), images, labels, 2)
+        with pytest.raises(FloatingPointError, match=f"the loss is nan after {batches} batches"):
+            tt.train_one_epoch(step, log_interval, "")
 
     def test_in_the_test(self) -> None:
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 10))

@@ -83,7 +83,7 @@ class TestRun:
             best = max(best, checkpoint["test_accuracy"])
             assert checkpoint["best_test_accuracy"] == best
             assert checkpoint["optimizer_state_dict"]["state"][0]["momentum_buffer"].shape == (6, 1, 3, 3)
-            recipe = {"epochs": 3, "batch_size": 16, "lr": 0.05, "momentum": 0.9, "seed": 1}
+            recipe = {"epochs": 3, "batch_size": 16, "lr": 0.05, "momentum": 0.9, "seed": 1, "compile": False}
             assert recipe.items() <= checkpoint.items()
         first_best = next(checkpoint for checkpoint in checkpoints if checkpoint["test_accuracy"] == best)
         assert_same(load(trained[0] / "best_mnist_model.pth"), first_best)
@@ -239,7 +239,7 @@ class TestFunctions:
         images, labels = numbered(50)
         model = Counter()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        loss, accuracy = tt.train_one_epoch(model, optimizer, images, labels, 16, 1, "")
+        loss, accuracy = tt.train_one_epoch(tt.TrainingStep(model, optimizer, images, labels, 16), 1, "")
         assert [len(batch) for batch in model.batches] == [16, 16, 16, 2]
         order = torch.cat(model.batches)
         assert not order.equal(torch.arange(50.0))
@@ -252,7 +252,7 @@ class TestFunctions:
         model, (images, labels) = Counter(), numbered(32)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
         weight, velocity = torch.ones((), requires_grad=True), 0.0
-        tt.train_one_epoch(model, optimizer, images, labels, 8, 10, "")
+        tt.train_one_epoch(tt.TrainingStep(model, optimizer, images, labels, 8), 10, "")
         for batch in [batch.long() for batch in model.batches]:
             one_hot = nn.functional.one_hot(batch % 10, 10).float()
             (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(weight * one_hot, labels[batch]), weight)
@@ -316,8 +316,11 @@ class TestOptions:
         assert recipe.items() <= args.items()
         assert (args["data_dir"], args["checkpoint_dir"]) == (Path("data"), Path("model_checkpoints"))
 
-    def test_batches_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tt, "device_type", torch.device)
+        assert parse(monkeypatch, "--device", "cuda").cuda_graph
+        assert not parse(monkeypatch, "--device", "cuda", "--no-cuda-graph").cuda_graph
+        assert not parse(monkeypatch, "--device", "mps").cuda_graph
         assert parse(monkeypatch, "--device", "cuda").batch_size == 128
         assert parse(monkeypatch, "--device", "cuda", "--batch-size", "7").batch_size == 7
 
@@ -356,8 +359,14 @@ class TestOptions:
     def test_help_tells_every_option_and_its_default(self) -> None:
         text = run("train_test_mnist.py", "--help").stdout
         options = re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)
-        assert len(options) == 14
-        assert text.count("(default: ") == 12  # all but --dry-run and --deterministic
+        assert len(options) == 16
+        assert text.count("(default: ") == 14  # all but --dry-run and --deterministic
+
+    def test_cuda_graph_needs_cuda(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+        with pytest.raises(SystemExit) as stop:
+            parse(monkeypatch, "--cuda-graph", "--device", "cpu")
+        assert stop.value.code == 2
+        assert "--cuda-graph needs a CUDA GPU, not cpu" in capsys.readouterr().err
 
     @pytest.mark.parametrize("option", ["--data-dir", "--checkpoint-dir"])
     def test_folder_that_is_a_file(self, option: str, tiny_command: Callable, tiny_data: Path, tmp_path: Path) -> None:
