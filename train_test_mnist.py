@@ -326,7 +326,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", default="Model5", type=find_model_name, choices=models, help="class (default: %(default)s)")
     add("--epochs", default=20, type=count, help="passes over the training set (default: %(default)s)")
     add("--batch-size", type=count, help="training images a step (default: 128 on a GPU, 64 on a CPU)")
-    add("--test-batch-size", default=1000, type=count, help="test images at once (default: %(default)s)")
+    add("--test-batch-size", default=250, type=count, help="test images at once (default: %(default)s)")
     add("--lr", default=0.01, type=number_type(float, 0), help="learning rate of SGD (default: %(default)s)")
     add("--momentum", default=0.9, type=number_type(float, 0, 1), help="of SGD (default: %(default)s)")
     add("--seed", default=1, type=number_type(int, 0, 2**32), help="of all randomness (default: %(default)s)")
@@ -407,10 +407,10 @@ def main() -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    keep_freed_memory()
     download_mnist(args.data_dir)
     train_set = load_mnist(args.data_dir, train=True, device=args.device)
     test_set = load_mnist(args.data_dir, train=False, device=args.device)
+    keep_freed_memory()
     if args.dry_run:
         args.epochs = resumed["epoch"] + 1
         train_set = [tensor[: args.batch_size] for tensor in train_set]

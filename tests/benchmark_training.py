@@ -31,7 +31,7 @@ import train_test_mnist as repository  # noqa: E402 - found through the line abo
 from models import build_model  # noqa: E402
 
 Work = Callable[[int], None]  # takes that many training steps, or tests that many batches
-TRAIN_IMAGES, TEST_IMAGES, TEST_BATCH = 60000, 10000, 1000
+TRAIN_IMAGES, TEST_IMAGES, TEST_BATCH = 60000, 10000, 250
 
 
 def new_model(args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -86,9 +86,9 @@ def shipped(args: argparse.Namespace, compiled: bool = False) -> tuple[Work, Wor
         def isatty(self) -> bool:
             return True
 
-    repository.keep_freed_memory()
     images, labels = repository.load_mnist(args.data_dir, train=True, device=args.device)
     test_images, test_labels = repository.load_mnist(args.data_dir, train=False, device=args.device)
+    repository.keep_freed_memory()
     model, optimizer = new_model(args)
     graphed = args.device.type == "cuda"
     step = repository.TrainingStep(model, optimizer, images, labels, args.batch_size, compiled, graphed)

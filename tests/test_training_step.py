@@ -1,13 +1,16 @@
 """One training step: the same results whether taken operation by operation, compiled, or replayed as a CUDA graph."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import benchmark_training
 import pytest
 import torch
 from conftest import ROOT, assert_same
@@ -192,3 +195,34 @@ class TestCompile:
         )
         assert (first.pop("compile"), second.pop("compile")) == (True, False)
         assert_same(first, second)
+
+
+class TestBenchmark:
+    """tests/benchmark_training.py, on the tiny data set; what it finds is not tested."""
+
+    def test_variants(self, tiny_data: Path) -> None:
+        args = SimpleNamespace(model="Model5", device=torch.device("cpu"), batch_size=16, data_dir=tiny_data)
+        variants = benchmark_training.variants(args.device)
+        assert len(variants) == 9
+        for prepare, *options in variants.values():
+            if options in ([], [0]):  # neither compiled nor with workers
+                for work in prepare(args, *options):
+                    work(2)
+
+    @pytest.mark.usefixtures("tiny_mnist")
+    def test_tables(
+        self, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        chosen = {"classic loop": (benchmark_training.classic, 0), "this repository": (benchmark_training.shipped,)}
+        monkeypatch.setattr(benchmark_training, "variants", lambda device: chosen)
+        options = "--rounds", 1, "--steps", 3, "--data-dir", tiny_data, "--json", tmp_path / "speed.json"
+        monkeypatch.setattr("sys.argv", ["benchmark_training.py", *map(str, options)])
+        benchmark_training.main()
+        results = json.loads((tmp_path / "speed.json").read_text())
+        rows = results["models"]["Model5"]
+        assert [row["variant"] for row in rows] == list(chosen)
+        assert rows[0]["times_as_fast_as_classic"] == 1
+        assert all(row["epoch_seconds"] > 938 * row["step_seconds"] > 0 for row in rows)
+        names = [*chosen, *(row["start"] for row in results["start_up"])]
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for name in names for line in lines if line.startswith(name)] == lines[3:5] + lines[7:]
