@@ -7,11 +7,11 @@
 
 The first command's output on 2 CPU cores with torch 2.15.0:
 
-    Model5 on cpu: batch_size 64, lr 0.01, momentum 0.9, seed 1
+    Model5 on cpu: batch_size 64, lr 0.01, momentum 0.9, seed 1, compile False
     epoch   train loss   accuracy   test loss   accuracy       best   seconds
-        1       0.3930    89.66 %      0.0931    97.17 %    97.17 %      17.6
+        1       0.3930    89.66 %      0.0931    97.17 %    97.17 %      16.7
         ...
-       20       0.0253    99.21 %      0.0259    99.16 %    99.21 %      16.0
+       20       0.0253    99.21 %      0.0259    99.16 %    99.21 %      15.9
     Best: epoch 13, test accuracy 99.21 %, saved as model_checkpoints/best_mnist_model.pth
     Last: epoch 20, test accuracy 99.16 %, saved as model_checkpoints/mnist_model_epoch_20.pth
     Next: python analyze_model.py --checkpoint model_checkpoints/best_mnist_model.pth

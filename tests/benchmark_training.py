@@ -1,6 +1,6 @@
 """Measure how fast training is, beside the usual way to write it and beside what the hardware allows.
 
-    python tests/benchmark_training.py                          # Model5 on the CPU
+    python tests/benchmark_training.py                          # Model5 on the CPU, three minutes
     python tests/benchmark_training.py --model all --json speed.json
     python tests/benchmark_training.py --device cuda
 
@@ -338,7 +338,7 @@ def main() -> None:
     add("--model", default="Model5", help="a class of models.py, or all (default: %(default)s)")
     add("--device", default="cpu", type=repository.device_type, help="cpu or cuda (default: %(default)s)")
     add("--batch-size", type=count, help="images a step (default: 128 on a GPU, 64 on a CPU)")
-    add("--rounds", default=7, type=count, help="turns of each variant (default: %(default)s)")
+    add("--rounds", default=5, type=count, help="turns of each variant (default: %(default)s)")
     add("--steps", default=100, type=count, help="training steps a turn (default: %(default)s)")
     add("--data-dir", default=ROOT / "data", type=Path, help="holds MNIST/raw (default: the repository's data)")
     add("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
