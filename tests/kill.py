@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torchvision.datasets  # noqa: F401 - so that the forked processes need not
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import assert_same, make_tiny_files, sums_of

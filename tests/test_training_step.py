@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import benchmark_training
 import pytest
 import torch
-from conftest import ROOT, assert_same
+from conftest import ROOT, assert_same, run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -211,18 +211,31 @@ class TestBenchmark:
 
     @pytest.mark.usefixtures("tiny_mnist")
     def test_tables(
-        self, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+        self,
+        tiny_data: Path,
+        tiny_sums: dict,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture,
     ) -> None:
         chosen = {"classic loop": (benchmark_training.classic, 0), "this repository": (benchmark_training.shipped,)}
         monkeypatch.setattr(benchmark_training, "variants", lambda device: chosen)
+        commands = []
+        instead = SimpleNamespace(run=lambda command, **options: commands.append(command), DEVNULL=None)
+        monkeypatch.setattr(benchmark_training, "subprocess", instead)
         options = "--rounds", 1, "--steps", 3, "--data-dir", tiny_data, "--json", tmp_path / "speed.json"
         monkeypatch.setattr("sys.argv", ["benchmark_training.py", *map(str, options)])
         benchmark_training.main()
+        monkeypatch.undo()
         results = json.loads((tmp_path / "speed.json").read_text())
         rows = results["models"]["Model5"]
         assert [row["variant"] for row in rows] == list(chosen)
         assert rows[0]["times_as_fast_as_classic"] == 1
         assert all(row["epoch_seconds"] > 938 * row["step_seconds"] > 0 for row in rows)
-        names = [*chosen, *(row["start"] for row in results["start_up"])]
         lines = capsys.readouterr().out.splitlines()
-        assert [line for name in names for line in lines if line.startswith(name)] == lines[3:5] + lines[7:]
+        assert [line[:34].strip() for line in lines[3:5]] == list(chosen)
+        assert [line[:46].strip() for line in lines[7:]] == [row["start"] for row in results["start_up"]]
+        # the last command goes as far as the first step, and no farther
+        result = run("-c", f"import download_mnist; download_mnist.FILES = {tiny_sums}; {commands[-1][-1]}")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == ""  # its output is still in a buffer when it is cut off
