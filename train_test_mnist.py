@@ -19,6 +19,8 @@ The first command's output on 2 CPU cores with torch 2.15.0:
 
 import argparse
 import contextlib
+import copy
+import csv
 import ctypes
 import io
 import itertools
@@ -34,6 +36,7 @@ import warnings
 import zipfile
 from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +49,17 @@ from download_mnist import ScriptError, download_mnist, make_folder, run_script,
 from models import build_model, find_model_name, model_classes
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels on a scale of 0 to 1
-BEST = "best_mnist_model.pth"
+BEST, LOG, CURVES = "best_mnist_model.pth", "training_log.csv", "training_curves.png"
 STATES = ("model_state_dict", "optimizer_state_dict")
 RESULTS = ("epoch", "train_accuracy", "test_accuracy", "best_test_accuracy")
-RECIPE = ("batch_size", "lr", "momentum", "seed", "compile")
-RESUMED = (*RECIPE, "epochs", "best_epoch")  # the numbers beside RESULTS that a run needs to go on
+RECIPE = (
+    "batch_size", "lr", "momentum", "seed", "compile", "val_size", "lr_scheduler", "augment", "weight_decay",
+    "label_smoothing", "nesterov", "model_ema_decay",
+)  # fmt: skip
+RESUMED = (*RECIPE, "epochs", "best_epoch", "history")  # what a run needs to go on, beside RESULTS
+HISTORY = (
+    "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "seconds",
+)  # fmt: skip
 
 
 def keep_freed_memory() -> None:
@@ -78,6 +87,47 @@ def seed_epoch(seed: int, epoch: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
 
 
+def hold_out(images: Tensor, labels: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Split images (N, 1, 28, 28) with labels (N,) into a set to train on and one of `size` images to validate on.
+
+    Each digit gives its last images, as many as its share of all: no seed changes the choice.
+    """
+    counts = labels.bincount(minlength=10)
+    exact = counts.cpu().double() * size / len(labels)
+    shares = exact.floor().long()
+    shares[(exact - shares).argsort(descending=True, stable=True)[: size - int(shares.sum())]] += 1
+    held_out = torch.zeros_like(labels, dtype=torch.bool)
+    for digit, (count, share) in enumerate(zip(counts.tolist(), shares.tolist(), strict=True)):
+        held_out[(labels == digit).nonzero().flatten()[count - share :]] = True
+    return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
+
+
+def augment(images: Tensor) -> Tensor:
+    """Return images (N, 1, 28, 28), each rotated, sheared, scaled and shifted at random.
+
+    By up to 10 degrees, 10 degrees, 10 % and 2 pixels. What comes in over the edge has the edge's colour.
+    """
+    count, device = len(images), images.device
+    angle, shear = torch.empty(2, count, device=device).uniform_(-math.radians(10), math.radians(10))
+    scale = torch.empty(count, 1, 2, device=device).uniform_(0.9, 1.1)
+    shift = torch.empty(count, 2, 1, device=device).uniform_(-2, 2) / 14  # an image reaches from -1 to 1
+    sheared = torch.stack([angle.cos(), shear.tan() - angle.sin(), angle.sin(), angle.cos()], 1).view(count, 2, 2)
+    grid = F.affine_grid(torch.cat([sheared * scale, shift], 2), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def one_cycle(progress: float) -> float:
+    """Return the learning rate, as a part of its peak, when that part (0 to 1) of the training is done.
+
+    Two halves of a cosine, up from 1/25 for 30 % of the steps and down to 0: Smith and Topin, Super-Convergence
+    (https://arxiv.org/abs/1708.07120), in the form of torch.optim.lr_scheduler.OneCycleLR.
+    """
+    if progress < 0.3:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / 0.3)) / 2
+    return (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
+
+
+@dataclass(eq=False)
 class TrainingStep:
     """Forward, loss, backward and update for one batch; called with the indices (batch,) of its images.
 
@@ -87,24 +137,31 @@ class TrainingStep:
     is trained without, and a line says so. A batch smaller than batch_size always is.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        compiled: bool = False,
-        graphed: bool = False,
-    ) -> None:
-        self.model, self.optimizer, self.images, self.labels = model, optimizer, images, labels
-        self.batch_size, self.compiled, self.graphed = batch_size, compiled, graphed
-        self.totals = torch.zeros(2, device=images.device)  # sum of the losses, number of correct answers
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    images: Tensor
+    labels: Tensor
+    batch_size: int
+    compiled: bool = False
+    graphed: bool = False
+    augmented: bool = False
+    label_smoothing: float = 0.0
+    averaged: nn.Module | None = None  # a copy of the model, whose weights follow at `decay`
+    decay: float = 0.0
+    schedule: Callable[[int], float] | None = None  # the learning rate after so many steps
+    steps: int = 0  # taken so far
+
+    def __post_init__(self) -> None:
+        """Start at nothing."""
+        self.totals = torch.zeros(2, device=self.images.device)  # sum of the losses, number of correct answers
         self.compiled_model = self.graph = self.graph_batch = None
         self.warm_ups = 0
 
     def __call__(self, batch: Tensor) -> None:
         """Take a step, and add to `totals`."""
+        if self.schedule:
+            self.optimizer.param_groups[0]["lr"] = self.schedule(self.steps)
+        self.steps += 1
         if not self.graphed or len(batch) < self.batch_size:
             self.take(batch)
         elif self.graph is None:
@@ -116,12 +173,24 @@ class TrainingStep:
     def take(self, batch: Tensor) -> None:
         """Take a step, one operation after the other."""
         self.optimizer.zero_grad()
-        logits = self.forward(self.images[batch])  # (batch, 10)
-        loss = F.cross_entropy(logits, self.labels[batch])
+        images = augment(self.images[batch]) if self.augmented else self.images[batch]
+        logits = self.forward(images)  # (batch, 10)
+        loss = F.cross_entropy(logits, self.labels[batch], label_smoothing=self.label_smoothing)
         loss.backward()
         self.optimizer.step()
+        if self.averaged:
+            self.average()
         self.totals[0] += loss.detach() * len(batch)
         self.totals[1] += (logits.argmax(1) == self.labels[batch]).sum()
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Let the averaged weights, and batch norm's statistics, follow the model's."""
+        for average, value in zip(self.averaged.state_dict().values(), self.model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, 1 - self.decay)
+            else:  # batch norm's number of batches
+                average.copy_(value)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the model's logits (N, 10), compiled where asked for and possible."""
@@ -210,6 +279,55 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
+def save_log(path: Path, history: list[dict]) -> None:
+    """Write a line for each epoch of a run, as CSV; raises ScriptError where that fails."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, HISTORY, lineterminator="\n")
+    table.writeheader()
+    table.writerows(history)
+    write_file(path, text.getvalue().encode())
+
+
+def save_curves(path: Path, history: list[dict], title: str) -> None:
+    """Draw loss and error (per cent wrong) of each epoch on logarithmic axes, as PNG.
+
+    Drawn with Pillow, for it is there: plotting is worth no further package. Raises ScriptError where writing fails.
+    """
+    from PIL import Image, ImageDraw  # here, for few runs draw
+
+    width, height, left, top = 440, 300, 60, 50  # of one of the two diagrams, and where its frame begins
+    picture = Image.new("RGB", (2 * (width + left) + 80, height + top + 60), "white")
+    draw = ImageDraw.Draw(picture)
+    colours = {"train": "#1f77b4", "val": "#2ca02c", "test": "#d62728"}
+    parts = {part: colour for part, colour in colours.items() if history[0][f"{part}_loss"] is not None}
+    x_of = lambda epoch: left + width * (epoch - 0.5) / max(row["epoch"] for row in history)  # noqa: E731
+    for quantity, offset in (("loss", 0), ("error, %", width + left + 40)):
+        curves = {
+            part: [row[f"{part}_loss"] if quantity == "loss" else 100 - row[f"{part}_accuracy"] for row in history]
+            for part in parts
+        }
+        shown = [math.log10(max(value, 1e-3)) for curve in curves.values() for value in curve]
+        low, high = min(shown) - 0.05, max(shown) + 0.05
+        y_of = lambda value: top + height * (high - math.log10(max(value, 1e-3))) / (high - low)  # noqa: B023, E731
+        draw.rectangle((offset + left, top, offset + left + width, top + height), outline="black")
+        draw.text((offset + left, top - 40), f"{title}: {quantity}, by epoch", fill="black")
+        for tick in (digit * 10.0**power for power in range(-3, 3) for digit in (1, 2, 5)):
+            if low <= math.log10(tick) <= high:
+                draw.line((offset + left, y_of(tick), offset + left + width, y_of(tick)), fill="#dddddd")
+                draw.text((offset + left - 40, y_of(tick) - 6), f"{tick:g}", fill="black")
+        for row in history[:: max(1, len(history) // 10)]:
+            draw.text((offset + x_of(row["epoch"]) - 4, top + height + 6), str(row["epoch"]), fill="black")
+        for number, (part, curve) in enumerate(curves.items()):
+            points = [(offset + x_of(row["epoch"]), y_of(value)) for row, value in zip(history, curve, strict=True)]
+            draw.line(points, fill=parts[part], width=2)
+            for x, y in points:
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=parts[part])
+            draw.text((offset + left + 90 * number, top - 20), f"{part} {curve[-1]:.4g}", fill=parts[part])
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_file(path, buffer.getvalue())
+
+
 def load_checkpoint(path: Path, also: Iterable[str] = ()) -> dict:
     """Return a checkpoint, its tensors on the CPU.
 
@@ -228,7 +346,7 @@ def load_checkpoint(path: Path, also: Iterable[str] = ()) -> dict:
         missing = [key for key in ("model_name", *STATES, *RESULTS, *also) if key not in checkpoint]
         if missing:
             raise ValueError(f"it has no {', '.join(missing)}")
-        if not all(math.isfinite(checkpoint[key]) for key in (*RESULTS, *also)):
+        if not all(math.isfinite(checkpoint[key]) for key in {*RESULTS, *also} - {"lr_scheduler", "history"}):
             raise ValueError("a number in it is not finite")
         model = build_model(checkpoint["model_name"])
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -237,7 +355,10 @@ def load_checkpoint(path: Path, also: Iterable[str] = ()) -> dict:
         momenta = [(p, m) for p, state in optimizer.state.items() for m in state.values() if isinstance(m, Tensor)]
         if any(momentum.shape != parameter.shape for parameter, momentum in momenta):
             raise ValueError("its optimizer is another model's")
-        if not all(tensor.isfinite().all() for tensor in (*model.state_dict().values(), *dict(momenta).values())):
+        trained = build_model(checkpoint["model_name"])
+        trained.load_state_dict(checkpoint.get("training_state_dict", checkpoint["model_state_dict"]))
+        tensors = (*model.state_dict().values(), *trained.state_dict().values(), *dict(momenta).values())
+        if not all(tensor.isfinite().all() for tensor in tensors):
             raise ValueError("a weight or a momentum in it is not finite")
     except Exception as error:  # a file that is no checkpoint can fail anywhere
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
@@ -273,7 +394,7 @@ def check_room(folder: Path, model: nn.Module, count: int) -> None:
     """Raise ScriptError unless `count` checkpoints of the model can be written to the folder."""
     make_folder(folder)
     trial = folder / "trial.pth.tmp"
-    save_checkpoint(trial, {"model": model.state_dict(), "momentum": model.state_dict()})
+    save_checkpoint(trial, {name: model.state_dict() for name in ("tested", "trained", "momentum")})
     needed = count * trial.stat().st_size
     trial.unlink()
     free = shutil.disk_usage(folder).free
@@ -284,34 +405,35 @@ def check_room(folder: Path, model: nn.Module, count: int) -> None:
 def set_aside_earlier_run(folder: Path) -> None:
     """Move an earlier run's checkpoints into folder/earlier_run_N, so that a new run overwrites none."""
     checkpoints = [*folder.glob("mnist_model_epoch_*.pth"), *folder.glob(BEST)]
+    results = [*folder.glob(LOG), *folder.glob(CURVES)]
     if not checkpoints:
         return
     candidates = (folder / f"earlier_run_{n}" for n in itertools.count(1))
     target = next(path for path in candidates if not path.exists())
     target.mkdir()
-    for path in checkpoints:
+    for path in checkpoints + results:
         path.rename(target / path.name)
     print(f"Moved {len(checkpoints)} checkpoints of an earlier run to {target}")
 
 
-def prepare_folder(folder: Path, resume: Path | None, resumed: dict) -> float:
+def prepare_folder(folder: Path, resume: Path | None, resumed: dict, score: str) -> float:
     """Prepare a run's first save: set an earlier run aside, unless the resumed one goes on in its folder.
 
-    The best checkpoint of the resumed run is put in its place, if need be from its epoch's file. Returns its test
-    accuracy, minus infinity where there is none.
+    The best checkpoint of the resumed run is put in its place, if need be from its epoch's file. Returns its score,
+    the accuracy of that name, minus infinity where there is none.
     """
     goes_on = resume is not None and resume.resolve().parent == folder.resolve()
-    best_accuracy, source = -math.inf, None
+    best_score, source = -math.inf, None
     for name in (BEST, f"mnist_model_epoch_{resumed['best_epoch']}.pth") if resume else ():
         with contextlib.suppress(ScriptError):
             found = load_checkpoint(resume.parent / name)
             if source is None and (goes_on or found["epoch"] == resumed["best_epoch"]):
-                best_accuracy, source = found["test_accuracy"], resume.parent / name
+                best_score, source = found.get(score, -math.inf), resume.parent / name
     if not goes_on:
         set_aside_earlier_run(folder)
     if source and not (goes_on and source.name == BEST):
         write_file(folder / BEST, source.read_bytes())
-    return best_accuracy
+    return best_score
 
 
 def parse_args() -> argparse.Namespace:
@@ -329,6 +451,23 @@ def parse_args() -> argparse.Namespace:
     add("--test-batch-size", default=250, type=count, help="test images at once (default: %(default)s)")
     add("--lr", default=0.01, type=number_type(float, 0), help="learning rate of SGD (default: %(default)s)")
     add("--momentum", default=0.9, type=number_type(float, 0, 1), help="of SGD (default: %(default)s)")
+    add("--weight-decay", default=0.0, type=number_type(float, 0), help="of SGD (default: %(default)s)")
+    add("--nesterov", action="store_true", help="use Nesterov's momentum")
+    add("--lr-scheduler", default="constant", choices=["constant", "onecyclelr"], help="(default: %(default)s)")
+    add("--label-smoothing", default=0.0, type=number_type(float, 0, 1), help="of the loss (default: %(default)s)")
+    add("--augment", action="store_true", help="rotate, shear, scale and shift training images a little, at random")
+    add(
+        "--model-ema-decay",
+        default=0.0,
+        type=number_type(float, 0, 1),
+        help="test and save weights averaged over steps, each step's share 1 - this (default: 0, not averaged)",
+    )
+    add(
+        "--val-size",
+        default=0,
+        type=number_type(int, 0, 50001),
+        help="training images held out to choose the best epoch with (default: 0, choose by the test set)",
+    )
     add("--seed", default=1, type=number_type(int, 0, 2**32), help="of all randomness (default: %(default)s)")
     add("--device", default="auto", type=device_type, help="auto, cpu, cuda, mps, xpu (default: %(default)s)")
     add("--data-dir", default="data", type=Path, help="holds MNIST/raw (default: %(default)s)")
@@ -338,6 +477,7 @@ def parse_args() -> argparse.Namespace:
     add("--cuda-graph", action=BooleanOptionalAction, help="replay a recorded step (default: on a CUDA GPU)")
     add("--deterministic", action="store_true", help="let a GPU, too, give the same result every time")
     add("--log-interval", default=10, type=count, help="steps between updates of the bar (default: %(default)s)")
+    add("--plot", action="store_true", help=f"draw {CURVES} after every epoch")
     add("--dry-run", action="store_true", help="one training and one test batch through it all; saves nothing")
     args, checkpoint = parser.parse_args(), None
     if args.resume:
@@ -352,13 +492,19 @@ def parse_args() -> argparse.Namespace:
             if getattr(args, name) != value:
                 option = f"--{name.replace('_', '-')}"
                 parser.error(f"{option} {getattr(args, name)} contradicts {path}, trained with {value}; leave it out")
+        if args.epochs != checkpoint["epochs"] and args.lr_scheduler != "constant":
+            parser.error(f"--epochs {args.epochs} contradicts {path}, whose schedule has {checkpoint['epochs']} epochs")
         args.resume = path
     args.checkpoint = checkpoint
     args.batch_size = args.batch_size or default_batch_size(args.device)
+    if args.nesterov and not args.momentum:
+        parser.error("--nesterov needs a --momentum above 0")
     if args.cuda_graph is None:
-        args.cuda_graph = args.device.type == "cuda"
+        args.cuda_graph = args.device.type == "cuda" and args.lr_scheduler == "constant"
     elif args.cuda_graph and args.device.type != "cuda":
         parser.error(f"--cuda-graph needs a CUDA GPU, not {args.device}; leave it out")
+    elif args.cuda_graph and args.lr_scheduler != "constant":
+        parser.error("--cuda-graph needs a constant learning rate: the graph repeats the one it was recorded with")
     return args
 
 
@@ -400,7 +546,7 @@ def device_type(name: str) -> torch.device:
 def main() -> None:
     """Train, test and save, epoch after epoch."""
     args = parse_args()
-    resumed = args.checkpoint or {"epoch": 0, "best_test_accuracy": -math.inf, "best_epoch": 0}
+    resumed = args.checkpoint or {"epoch": 0, "history": []}
     if resumed["epoch"] >= args.epochs:
         print(f"{args.resume} has finished epoch {resumed['epoch']}: nothing left to do; --epochs may be larger")
         return
@@ -410,62 +556,98 @@ def main() -> None:
     download_mnist(args.data_dir)
     train_set = load_mnist(args.data_dir, train=True, device=args.device)
     test_set = load_mnist(args.data_dir, train=False, device=args.device)
+    train_set, val_set = hold_out(*train_set, args.val_size) if args.val_size else (train_set, None)
     keep_freed_memory()
     if args.dry_run:
         args.epochs = resumed["epoch"] + 1
         train_set = [tensor[: args.batch_size] for tensor in train_set]
         test_set = [tensor[: args.test_batch_size] for tensor in test_set]
+        val_set = val_set and [tensor[: args.test_batch_size] for tensor in val_set]
 
     torch.manual_seed(args.seed)
     model = build_model(args.model).to(args.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
+    averaged = copy.deepcopy(model) if args.model_ema_decay else None
+    tested = averaged or model
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov
+    )
     if args.checkpoint:
-        model.load_state_dict(resumed["model_state_dict"])
+        tested.load_state_dict(resumed["model_state_dict"])
+        if averaged:
+            model.load_state_dict(resumed["training_state_dict"])
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
         print(f"Going on from {args.resume}")
-    step = TrainingStep(model, optimizer, *train_set, args.batch_size, args.compile, args.cuda_graph)
+    batches = math.ceil(len(train_set[0]) / args.batch_size)  # in an epoch
+    schedule = lambda steps: args.lr * one_cycle(steps / (args.epochs * batches))  # noqa: E731
+    step = TrainingStep(
+        model,
+        optimizer,
+        *train_set,
+        args.batch_size,
+        compiled=args.compile,
+        graphed=args.cuda_graph,
+        augmented=args.augment,
+        label_smoothing=args.label_smoothing,
+        averaged=averaged,
+        decay=args.model_ema_decay,
+        schedule=None if args.lr_scheduler == "constant" else schedule,
+        steps=resumed["epoch"] * batches,
+    )
     if not args.dry_run:
         check_room(args.checkpoint_dir, model, args.epochs - resumed["epoch"] + 1)
     recipe = {name: getattr(args, name) for name in RECIPE}
-    print(f"{args.model} on {args.device}:", ", ".join(f"{name} {value}" for name, value in recipe.items()))
+    named = {name: value for name, value in recipe.items() if name in RECIPE[:4] or value not in (0, "constant")}
+    print(f"{args.model} on {args.device}:", ", ".join(f"{name} {value}" for name, value in named.items()))
 
-    print("epoch   train loss   accuracy   test loss   accuracy       best   seconds")
+    val_header = "   val loss    accuracy" if val_set else ""
+    print(f"epoch   train loss   accuracy{val_header}   test loss   accuracy       best   seconds")
     last_path, best_path = args.resume, args.checkpoint_dir / BEST
-    best_accuracy, best_epoch = resumed["best_test_accuracy"], resumed["best_epoch"]
+    score = "val_accuracy" if args.val_size else "test_accuracy"  # what the best epoch is chosen by
+    history = resumed["history"]
     try:
         for epoch in range(resumed["epoch"] + 1, args.epochs + 1):
             start = time.perf_counter()
             seed_epoch(args.seed, epoch)
             train_loss, train_accuracy = train_one_epoch(step, args.log_interval, f"epoch {epoch}/{args.epochs}")
-            test_loss, test_accuracy = evaluate(model, *test_set, args.test_batch_size)
-            is_best = test_accuracy > best_accuracy
-            if is_best:
-                best_accuracy, best_epoch = test_accuracy, epoch
+            val_loss, val_accuracy = evaluate(tested, *val_set, args.test_batch_size) if val_set else (None, None)
+            test_loss, test_accuracy = evaluate(tested, *test_set, args.test_batch_size)
+            seconds, lr = time.perf_counter() - start, optimizer.param_groups[0]["lr"]
+            row = (epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy, test_loss, test_accuracy, seconds)
+            history.append(dict(zip(HISTORY, row, strict=True)))
+            best = max(history, key=lambda row: row[score])  # the first of equals
+            val_columns = f"   {val_loss:8.4f}    {val_accuracy:6.2f} %" if val_set else ""
             print(
-                f"{epoch:5}   {train_loss:10.4f}   {train_accuracy:6.2f} %   "
-                f"{test_loss:9.4f}   {test_accuracy:6.2f} %   {best_accuracy:6.2f} %   "
-                f"{time.perf_counter() - start:7.1f}",
+                f"{epoch:5}   {train_loss:10.4f}   {train_accuracy:6.2f} %{val_columns}   {test_loss:9.4f}   "
+                f"{test_accuracy:6.2f} %   {best['test_accuracy']:6.2f} %   {seconds:7.1f}",
                 flush=True,
             )
             if args.dry_run:
                 print("Dry run: every step works; nothing was saved")
                 return
             if epoch == resumed["epoch"] + 1:
-                best_saved = prepare_folder(args.checkpoint_dir, args.resume, resumed)
+                best_saved = prepare_folder(args.checkpoint_dir, args.resume, resumed, score)
             checkpoint = {
                 "model_name": args.model,
-                "model_state_dict": model.state_dict(),
+                "model_state_dict": tested.state_dict(),
                 "optimizer_state_dict": optimizer.state_dict(),
                 "epoch": epoch,
                 "train_accuracy": train_accuracy,
                 "test_accuracy": test_accuracy,
-                "best_test_accuracy": best_accuracy,
-                "best_epoch": best_epoch,
+                "best_test_accuracy": best["test_accuracy"],
+                "best_epoch": best["epoch"],
                 "epochs": args.epochs,
+                "history": history,
                 **recipe,
             }
-            if is_best and test_accuracy > best_saved:  # before the epoch's file, from which a run would go on
+            if averaged:
+                checkpoint["training_state_dict"] = model.state_dict()
+            if val_set:
+                checkpoint["val_accuracy"] = val_accuracy
+            if best["epoch"] == epoch and best[score] > best_saved:  # before the epoch's file, from which a run goes on
                 save_checkpoint(best_path, checkpoint)
+            save_log(args.checkpoint_dir / LOG, history)
+            if args.plot:
+                save_curves(args.checkpoint_dir / CURVES, history, args.model)
             path = args.checkpoint_dir / f"mnist_model_epoch_{epoch}.pth"
             save_checkpoint(path, checkpoint)
             last_path = path
@@ -478,7 +660,7 @@ def main() -> None:
         interrupt.advice = f"to go on: {go_on}" if last_path else "nothing was saved yet"
         raise
 
-    print(f"Best: epoch {best_epoch}, test accuracy {best_accuracy:.2f} %, saved as {best_path}")
+    print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %, saved as {best_path}")
     print(f"Last: epoch {epoch}, test accuracy {test_accuracy:.2f} %, saved as {last_path}")
     print(f"Next: python analyze_model.py --checkpoint {best_path}")
 

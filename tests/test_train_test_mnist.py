@@ -70,7 +70,7 @@ class TestRun:
 
     def test_files(self, trained: tuple[Path, str]) -> None:
         names = {"best_mnist_model.pth", *(f"mnist_model_epoch_{epoch}.pth" for epoch in (1, 2, 3))}
-        assert {path.name for path in trained[0].iterdir()} == names
+        assert {path.name for path in trained[0].iterdir()} == names | {"training_log.csv"}
 
     def test_checkpoints(self, trained: tuple[Path, str]) -> None:
         checkpoints = [load(trained[0] / f"mnist_model_epoch_{epoch}.pth") for epoch in (1, 2, 3)]
@@ -144,7 +144,7 @@ class TestRun:
             assert result.returncode == 0, result.stderr
             assert f"earlier_run_{run_number}" in result.stdout
             assert {path.name for path in tmp_path.glob("*.pth")} == new
-        assert {path.name for path in (tmp_path / "earlier_run_2").iterdir()} == new
+        assert {path.name for path in (tmp_path / "earlier_run_2").iterdir()} == new | {"training_log.csv"}
         assert (tmp_path / "earlier_run_1" / "mnist_model_epoch_7.pth").read_bytes() == b"dear"
         assert (tmp_path / "earlier_run_1" / "best_mnist_model.pth").read_bytes() == b"dearest"
         assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -239,7 +239,8 @@ class TestFunctions:
         images, labels = numbered(50)
         model = Counter()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        loss, accuracy = tt.train_one_epoch(tt.TrainingStep(model, optimizer, images, labels, 16), 1, "")
+        step = tt.TrainingStep(model, optimizer, images, labels, 16)
+        loss, accuracy = tt.train_one_epoch(step, 1, "")
         assert [len(batch) for batch in model.batches] == [16, 16, 16, 2]
         order = torch.cat(model.batches)
         assert not order.equal(torch.arange(50.0))
@@ -247,6 +248,7 @@ class TestFunctions:
         assert accuracy == 80
         expected = nn.functional.cross_entropy(model(images), labels).item()
         assert loss == pytest.approx(expected, rel=1e-5)  # a mean over images, not over batches
+        assert tt.train_one_epoch(step, 1, "") == (pytest.approx(loss), accuracy)  # each epoch counts anew
 
     def test_training_takes_sgd_steps(self) -> None:
         model, (images, labels) = Counter(), numbered(32)
@@ -359,8 +361,8 @@ class TestOptions:
     def test_help_tells_every_option_and_its_default(self) -> None:
         text = run("train_test_mnist.py", "--help").stdout
         options = re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)
-        assert len(options) == 16
-        assert text.count("(default: ") == 14  # all but --dry-run and --deterministic
+        assert len(options) == 24
+        assert text.count("(default: ") == 19  # all but --dry-run and --deterministic
 
     def test_cuda_graph_needs_cuda(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit) as stop:
