@@ -7,7 +7,7 @@
 
 The first command's output on 2 CPU cores with torch 2.15.0:
 
-    Model5 on cpu: batch_size 64, lr 0.01, momentum 0.9, seed 1, compile False
+    Model5 on cpu: batch_size 64, lr 0.01, momentum 0.9, seed 1
     epoch   train loss   accuracy   test loss   accuracy       best   seconds
         1       0.3930    89.66 %      0.0931    97.17 %    97.17 %      16.7
         ...
