@@ -601,7 +601,8 @@ def main() -> None:
 
     val_header = "   val loss    accuracy" if val_set else ""
     print(f"epoch   train loss   accuracy{val_header}   test loss   accuracy       best   seconds")
-    last_path, best_path = args.resume, args.checkpoint_dir / BEST
+    path = last_path = args.resume
+    best_path = args.checkpoint_dir / BEST
     score = "val_accuracy" if args.val_size else "test_accuracy"  # what the best epoch is chosen by
     history = resumed["history"]
     try:
@@ -655,6 +656,7 @@ def main() -> None:
         last = f"the last good checkpoint is {last_path}" if last_path else "nothing was saved"
         raise ScriptError(f"epoch {epoch}: {error}; {last}; try a lower --lr") from error
     except KeyboardInterrupt as interrupt:
+        last_path = path if path and path.exists() else last_path  # it may have come just after a save
         others = [word for word in sys.argv if word != "--resume" and Path(word) != args.resume]
         go_on = shlex.join(["python", *others, "--resume", str(last_path)])
         interrupt.advice = f"to go on: {go_on}" if last_path else "nothing was saved yet"

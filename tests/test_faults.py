@@ -165,6 +165,19 @@ class TestResume:
         args = tt.parse_args()
         assert (args.resume, args.checkpoint_dir, args.epochs, args.batch_size) == (path, folder, 4, 16)
 
+    def test_ctrl_c_just_after_a_save(self, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        save = tt.save_checkpoint
+
+        def interrupted(path: Path, checkpoint: dict) -> None:
+            save(path, checkpoint)
+            if path.name == "mnist_model_epoch_1.pth":
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(tt, "save_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            train(tmp_path)
+        assert caught.value.advice.endswith(f"--resume {tmp_path / 'mnist_model_epoch_1.pth'}")
+
     def test_the_best_checkpoint_so_far_goes_along(
         self, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
