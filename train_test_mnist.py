@@ -101,6 +101,22 @@ def hold_out(images: Tensor, labels: Tensor, size: int) -> tuple[tuple[Tensor, T
     return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
 
 
+def load_sets(args: argparse.Namespace) -> tuple:
+    """Return training, validation and test set, each images (N, 1, 28, 28) and labels (N,), on the device.
+
+    In a dry run they are one batch; the validation set is None where none is asked for. MNIST is downloaded where it
+    is missing; raises ScriptError where that fails.
+    """
+    download_mnist(args.data_dir)
+    train_set, test_set = (load_mnist(args.data_dir, train, args.device) for train in (True, False))
+    train_set, val_set = hold_out(*train_set, args.val_size) if args.val_size else (train_set, None)
+    if args.dry_run:
+        train_set = [tensor[: args.batch_size] for tensor in train_set]
+        test_set = [tensor[: args.test_batch_size] for tensor in test_set]
+        val_set = val_set and [tensor[: args.test_batch_size] for tensor in val_set]
+    return train_set, val_set, test_set
+
+
 def augment(images: Tensor) -> Tensor:
     """Return images (N, 1, 28, 28), each rotated, sheared, scaled and shifted at random.
 
@@ -256,6 +272,45 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) 
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss on the test set is {loss}")
     return loss, 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def run_epoch(args: argparse.Namespace, epoch: int, step: TrainingStep, val_set: tuple | None, test_set: tuple) -> dict:
+    """Train for an epoch, evaluate, and return what HISTORY names; the sets are images and labels."""
+    start = time.perf_counter()
+    seed_epoch(args.seed, epoch)
+    trained = train_one_epoch(step, args.log_interval, f"epoch {epoch}/{args.epochs}")
+    validated = evaluate(step.model, *val_set, args.test_batch_size) if val_set else (None, None)
+    tested = evaluate(step.model, *test_set, args.test_batch_size)
+    lr, seconds = step.optimizer.param_groups[0]["lr"], time.perf_counter() - start
+    return dict(zip(HISTORY, (epoch, lr, *trained, *validated, *tested, seconds), strict=True))
+
+
+def format_row(row: dict, best: dict) -> str:
+    """Return an epoch's line of results; both are dicts of what HISTORY names."""
+    validated = "" if row["val_loss"] is None else f"   {row['val_loss']:8.4f}    {row['val_accuracy']:6.2f} %"
+    return (
+        f"{row['epoch']:5}   {row['train_loss']:10.4f}   {row['train_accuracy']:6.2f} %{validated}   "
+        f"{row['test_loss']:9.4f}   {row['test_accuracy']:6.2f} %   {best['test_accuracy']:6.2f} %   "
+        f"{row['seconds']:7.1f}"
+    )
+
+
+def make_checkpoint(
+    args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict], best: dict
+) -> dict:
+    """Return the run so far as a dict of tensors and plain values; `best` is one of the history's epochs."""
+    measured = ("epoch", "train_accuracy", "test_accuracy", "val_accuracy")[: 4 if args.val_size else 3]
+    return {
+        "model_name": args.model,
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": optimizer.state_dict(),
+        **{name: history[-1][name] for name in measured},
+        "best_test_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+        "epochs": args.epochs,
+        "history": history,
+        **{name: getattr(args, name) for name in RECIPE},
+    }
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -532,19 +587,12 @@ def main() -> None:
     if resumed["epoch"] >= args.epochs:
         print(f"{args.resume} has finished epoch {resumed['epoch']}: nothing left to do; --epochs may be larger")
         return
+    args.epochs = resumed["epoch"] + 1 if args.dry_run else args.epochs
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    download_mnist(args.data_dir)
-    train_set = load_mnist(args.data_dir, train=True, device=args.device)
-    test_set = load_mnist(args.data_dir, train=False, device=args.device)
-    train_set, val_set = hold_out(*train_set, args.val_size) if args.val_size else (train_set, None)
+    train_set, val_set, test_set = load_sets(args)
     keep_freed_memory()
-    if args.dry_run:
-        args.epochs = resumed["epoch"] + 1
-        train_set = [tensor[: args.batch_size] for tensor in train_set]
-        test_set = [tensor[: args.test_batch_size] for tensor in test_set]
-        val_set = val_set and [tensor[: args.test_batch_size] for tensor in val_set]
 
     torch.manual_seed(args.seed)
     model = build_model(args.model).to(args.device)
@@ -573,50 +621,24 @@ def main() -> None:
     recipe = {name: getattr(args, name) for name in RECIPE}
     named = {name: value for name, value in recipe.items() if name in RECIPE[:4] or value not in (0, "constant")}
     print(f"{args.model} on {args.device}:", ", ".join(f"{name} {value}" for name, value in named.items()))
-
     val_header = "   val loss    accuracy" if val_set else ""
     print(f"epoch   train loss   accuracy{val_header}   test loss   accuracy       best   seconds")
+
     path = last_path = args.resume
     best_path = args.checkpoint_dir / BEST
     score = "val_accuracy" if args.val_size else "test_accuracy"  # what the best epoch is chosen by
     history = resumed["history"]
     try:
         for epoch in range(resumed["epoch"] + 1, args.epochs + 1):
-            start = time.perf_counter()
-            seed_epoch(args.seed, epoch)
-            train_loss, train_accuracy = train_one_epoch(step, args.log_interval, f"epoch {epoch}/{args.epochs}")
-            val_loss, val_accuracy = evaluate(model, *val_set, args.test_batch_size) if val_set else (None, None)
-            test_loss, test_accuracy = evaluate(model, *test_set, args.test_batch_size)
-            seconds, lr = time.perf_counter() - start, optimizer.param_groups[0]["lr"]
-            row = (epoch, lr, train_loss, train_accuracy, val_loss, val_accuracy, test_loss, test_accuracy, seconds)
-            history.append(dict(zip(HISTORY, row, strict=True)))
+            history.append(run_epoch(args, epoch, step, val_set, test_set))
             best = max(history, key=lambda row: row[score])  # the first of equals
-            val_columns = f"   {val_loss:8.4f}    {val_accuracy:6.2f} %" if val_set else ""
-            print(
-                f"{epoch:5}   {train_loss:10.4f}   {train_accuracy:6.2f} %{val_columns}   {test_loss:9.4f}   "
-                f"{test_accuracy:6.2f} %   {best['test_accuracy']:6.2f} %   {seconds:7.1f}",
-                flush=True,
-            )
+            print(format_row(history[-1], best), flush=True)
             if args.dry_run:
                 print("Dry run: every step works; nothing was saved")
                 return
             if epoch == resumed["epoch"] + 1:
                 best_saved = prepare_folder(args.checkpoint_dir, args.resume, resumed, score)
-            checkpoint = {
-                "model_name": args.model,
-                "model_state_dict": model.state_dict(),
-                "optimizer_state_dict": optimizer.state_dict(),
-                "epoch": epoch,
-                "train_accuracy": train_accuracy,
-                "test_accuracy": test_accuracy,
-                "best_test_accuracy": best["test_accuracy"],
-                "best_epoch": best["epoch"],
-                "epochs": args.epochs,
-                "history": history,
-                **recipe,
-            }
-            if val_set:
-                checkpoint["val_accuracy"] = val_accuracy
+            checkpoint = make_checkpoint(args, model, optimizer, history, best)
             if best["epoch"] == epoch and best[score] > best_saved:  # before the epoch's file, from which a run goes on
                 save_checkpoint(best_path, checkpoint)
             save_log(args.checkpoint_dir / LOG, history)
@@ -636,7 +658,7 @@ def main() -> None:
         raise
 
     print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %, saved as {best_path}")
-    print(f"Last: epoch {epoch}, test accuracy {test_accuracy:.2f} %, saved as {last_path}")
+    print(f"Last: epoch {epoch}, test accuracy {history[-1]['test_accuracy']:.2f} %, saved as {last_path}")
     print(f"Next: python analyze_model.py --checkpoint {best_path}")
 
 
