@@ -270,7 +270,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) 
     logits = torch.cat([model(batch) for batch in images.split(batch_size)])  # (N, 10)
     loss = F.cross_entropy(logits, labels).item()
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss on the test set is {loss}")
+        raise FloatingPointError(f"the loss in evaluation is {loss}")
     return loss, 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
