@@ -363,7 +363,7 @@ def save_curves(path: Path, history: list[dict], title: str) -> None:
             draw.line(points, fill=parts[part], width=2)
             for x, y in points:
                 draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=parts[part])
-            draw.text((offset + left + 90 * number, top - 20), f"{part} {curve[-1]:.4g}", fill=parts[part])
+            draw.text((offset + left + 140 * number, top - 20), f"{part}, at last {curve[-1]:.4g}", fill=parts[part])
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     write_file(path, buffer.getvalue())
