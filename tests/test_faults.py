@@ -531,7 +531,7 @@ class TestNotFinite:
     def test_in_the_test(self) -> None:
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 10))
         torch.nn.init.constant_(model[1].weight, torch.nan)
-        with pytest.raises(FloatingPointError, match="test set is nan"):
+        with pytest.raises(FloatingPointError, match="the loss in evaluation is nan"):
             tt.evaluate(model, torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64), 2)
 
 
