@@ -132,17 +132,6 @@ def augment(images: Tensor) -> Tensor:
     return F.grid_sample(images, grid, "bicubic", padding_mode="border", align_corners=False)
 
 
-def one_cycle(progress: float) -> float:
-    """Return the learning rate, as a part of its peak, when that part (0 to 1) of the training is done.
-
-    Two halves of a cosine, up from 1/25 for 30 % of the steps and down to 0: Smith and Topin, Super-Convergence
-    (https://arxiv.org/abs/1708.07120), in the form of torch.optim.lr_scheduler.OneCycleLR.
-    """
-    if progress < 0.3:
-        return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / 0.3)) / 2
-    return (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
-
-
 @dataclass(eq=False)
 class TrainingStep:
     """Forward, loss, backward and update for one batch; called with the indices (batch,) of its images.
@@ -161,8 +150,7 @@ class TrainingStep:
     compiled: bool = False
     graphed: bool = False
     augmented: bool = False
-    schedule: Callable[[int], float] | None = None  # the learning rate after so many steps
-    steps: int = 0  # taken so far
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None  # of the learning rate, steps with the optimizer
 
     def __post_init__(self) -> None:
         """Start at nothing."""
@@ -172,9 +160,6 @@ class TrainingStep:
 
     def __call__(self, batch: Tensor) -> None:
         """Take a step, and add to `totals`."""
-        if self.schedule:
-            self.optimizer.param_groups[0]["lr"] = self.schedule(self.steps)
-        self.steps += 1
         if not self.graphed or len(batch) < self.batch_size:
             self.take(batch)
         elif self.graph is None:
@@ -191,6 +176,8 @@ class TrainingStep:
         loss = F.cross_entropy(logits, self.labels[batch])
         loss.backward()
         self.optimizer.step()
+        if self.scheduler:
+            self.scheduler.step()
         self.totals[0] += loss.detach() * len(batch)
         self.totals[1] += (logits.argmax(1) == self.labels[batch]).sum()
 
@@ -275,13 +262,16 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) 
 
 
 def run_epoch(args: argparse.Namespace, epoch: int, step: TrainingStep, val_set: tuple | None, test_set: tuple) -> dict:
-    """Train for an epoch, evaluate, and return what HISTORY names; the sets are images and labels."""
-    start = time.perf_counter()
+    """Train for an epoch, evaluate, and return what HISTORY names; the sets are images and labels.
+
+    The learning rate is that of the epoch's first step.
+    """
+    start, lr = time.perf_counter(), step.optimizer.param_groups[0]["lr"]
     seed_epoch(args.seed, epoch)
     trained = train_one_epoch(step, args.log_interval, f"epoch {epoch}/{args.epochs}")
     validated = evaluate(step.model, *val_set, args.test_batch_size) if val_set else (None, None)
     tested = evaluate(step.model, *test_set, args.test_batch_size)
-    lr, seconds = step.optimizer.param_groups[0]["lr"], time.perf_counter() - start
+    seconds = time.perf_counter() - start
     return dict(zip(HISTORY, (epoch, lr, *trained, *validated, *tested, seconds), strict=True))
 
 
@@ -603,8 +593,12 @@ def main() -> None:
         model.load_state_dict(resumed["model_state_dict"])
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
         print(f"Going on from {args.resume}")
-    batches = math.ceil(len(train_set[0]) / args.batch_size)  # in an epoch
-    schedule = lambda steps: args.lr * one_cycle(steps / (args.epochs * batches))  # noqa: E731
+    scheduler = None
+    if args.lr_scheduler == "onecyclelr":
+        batches = math.ceil(len(train_set[0]) / args.batch_size)  # in an epoch
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, args.lr, args.epochs * batches, cycle_momentum=False, last_epoch=resumed["epoch"] * batches - 1
+        )
     step = TrainingStep(
         model,
         optimizer,
@@ -613,8 +607,7 @@ def main() -> None:
         compiled=args.compile,
         graphed=args.cuda_graph,
         augmented=args.augment,
-        schedule=None if args.lr_scheduler == "constant" else schedule,
-        steps=resumed["epoch"] * batches,
+        scheduler=scheduler,
     )
     if not args.dry_run:
         check_room(args.checkpoint_dir, model, args.epochs - resumed["epoch"] + 1)
