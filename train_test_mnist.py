@@ -51,10 +51,7 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels on a scale of 0 to 1
 BEST, LOG, CURVES = "best_mnist_model.pth", "training_log.csv", "training_curves.png"
 STATES = ("model_state_dict", "optimizer_state_dict")
 RESULTS = ("epoch", "train_accuracy", "test_accuracy", "best_test_accuracy")
-RECIPE = (
-    "batch_size", "lr", "momentum", "seed",
-    "compile", "val_size", "lr_scheduler", "augment", "weight_decay", "nesterov",
-)  # fmt: skip
+RECIPE = ("batch_size", "lr", "momentum", "seed", "compile", "val_size", "lr_scheduler", "augment")
 RESUMED = (*RECIPE, "epochs", "best_epoch", "history")  # what a run needs to go on, beside RESULTS
 HISTORY = (
     "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "seconds",
@@ -480,8 +477,6 @@ def parse_args() -> argparse.Namespace:
     add("--test-batch-size", default=250, type=count, help="test images at once (default: %(default)s)")
     add("--lr", default=0.01, type=number_type(float, 0), help="learning rate of SGD (default: %(default)s)")
     add("--momentum", default=0.9, type=number_type(float, 0, 1), help="of SGD (default: %(default)s)")
-    add("--weight-decay", default=0.0, type=number_type(float, 0), help="of SGD (default: %(default)s)")
-    add("--nesterov", action="store_true", help="use Nesterov's momentum")
     add("--lr-scheduler", default="constant", choices=["constant", "onecyclelr"], help="(default: %(default)s)")
     add("--augment", action="store_true", help="rotate, shear, scale and shift training images a little, at random")
     add(
@@ -519,8 +514,6 @@ def parse_args() -> argparse.Namespace:
         args.resume = path
     args.checkpoint = checkpoint
     args.batch_size = args.batch_size or default_batch_size(args.device)
-    if args.nesterov and not args.momentum:
-        parser.error("--nesterov needs a --momentum above 0")
     if args.augment:
         try:
             augment(torch.zeros(1, 1, 28, 28, device=args.device))
@@ -586,9 +579,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = build_model(args.model).to(args.device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov
-    )
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum)
     if args.checkpoint:
         model.load_state_dict(resumed["model_state_dict"])
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
