@@ -51,7 +51,7 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels on a scale of 0 to 1
 BEST, LOG, CURVES = "best_mnist_model.pth", "training_log.csv", "training_curves.png"
 STATES = ("model_state_dict", "optimizer_state_dict")
 RESULTS = ("epoch", "train_accuracy", "test_accuracy", "best_test_accuracy")
-RECIPE = ("batch_size", "lr", "momentum", "seed", "compile", "val_size", "lr_scheduler", "augment")
+RECIPE = ("batch_size", "lr", "momentum", "seed", "compile", "val_size", "lr_scheduler", "augment", "weight_decay")
 RESUMED = (*RECIPE, "epochs", "best_epoch", "history")  # what a run needs to go on, beside RESULTS
 HISTORY = (
     "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "seconds",
@@ -477,6 +477,7 @@ def parse_args() -> argparse.Namespace:
     add("--test-batch-size", default=250, type=count, help="test images at once (default: %(default)s)")
     add("--lr", default=0.01, type=number_type(float, 0), help="learning rate of SGD (default: %(default)s)")
     add("--momentum", default=0.9, type=number_type(float, 0, 1), help="of SGD (default: %(default)s)")
+    add("--weight-decay", default=0.0, type=number_type(float, 0), help="of SGD (default: %(default)s)")
     add("--lr-scheduler", default="constant", choices=["constant", "onecyclelr"], help="(default: %(default)s)")
     add("--augment", action="store_true", help="rotate, shear, scale and shift training images a little, at random")
     add(
@@ -579,7 +580,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = build_model(args.model).to(args.device)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     if args.checkpoint:
         model.load_state_dict(resumed["model_state_dict"])
         optimizer.load_state_dict(resumed["optimizer_state_dict"])

@@ -14,7 +14,7 @@ from torch import nn
 import train_test_mnist as tt
 from models import build_model
 
-STRONG = ("--augment", "--lr-scheduler", "onecyclelr", "--lr", 0.05, "--val-size", 30)
+STRONG = ("--augment", "--lr-scheduler", "onecyclelr", "--lr", 0.05, "--weight-decay", 1e-3, "--val-size", 30)
 
 
 @pytest.fixture
@@ -137,12 +137,12 @@ class TestRuns:
 
     def test_each_option_changes_the_training(self, train: Callable, tmp_path: Path) -> None:
         weights = []
-        for option in ("--seed 1", "--augment", "--lr-scheduler onecyclelr", "--val-size 30"):
+        for option in ("--seed 1", "--augment", "--lr-scheduler onecyclelr", "--weight-decay 0.01", "--val-size 30"):
             folder = tmp_path / option
             train(folder, *option.split(), "--epochs", 1)
             weights.append(tt.load_checkpoint(folder / "best_mnist_model.pth")["model_state_dict"])
         sums = {sum(tensor.double().sum().item() for tensor in state.values()) for state in weights}
-        assert len(sums) == 4
+        assert len(sums) == 5
 
     def test_resuming_is_exact(self, train: Callable, tmp_path: Path) -> None:
         train(tmp_path / "whole", *STRONG, "--epochs", 4)

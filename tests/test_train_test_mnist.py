@@ -361,8 +361,8 @@ class TestOptions:
     def test_help_tells_every_option_and_its_default(self) -> None:
         text = run("train_test_mnist.py", "--help").stdout
         options = re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)
-        assert len(options) == 20
-        assert text.count("(default: ") == 16  # all but --augment, --deterministic, --dry-run and --plot
+        assert len(options) == 21
+        assert text.count("(default: ") == 17  # all but --augment, --deterministic, --dry-run and --plot
 
     def test_cuda_graph_needs_cuda(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit) as stop:
