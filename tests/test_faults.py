@@ -103,6 +103,10 @@ class TestResume:
             ("--momentum", 0.5, 0.9),
             ("--seed", 2, 1),
             ("--compile", True, False),
+            ("--val-size", 20, 0),
+            ("--lr-scheduler", "onecyclelr", "constant"),
+            ("--augment", True, False),
+            ("--weight-decay", 0.1, 0.0),
         ],
     )
     def test_contradiction_is_refused(
