@@ -110,11 +110,13 @@ class TestResume:
         ],
     )
     def test_contradiction_is_refused(
-        self, option: str, given: object, stored: object, tiny_command: Callable, straight: Path
+        self, option: str, given: object, stored: object, train: Callable, straight: Path, capsys: pytest.CaptureFixture
     ) -> None:
         words = [option] if given is True else [option, given]
-        command = tiny_command("train_test_mnist.py", "--resume", "--checkpoint-dir", straight, *words)
-        assert_one_line(run(*command), option, str(given), str(stored), "mnist_model_epoch_4.pth")
+        with pytest.raises(SystemExit) as stop:
+            train(straight, "--resume", *words)
+        result = subprocess.CompletedProcess(words, stop.value.code, stderr=capsys.readouterr().err)
+        assert_one_line(result, option, str(given), str(stored), "mnist_model_epoch_4.pth")
 
     def test_what_was_stored_may_be_given_again(self, train: Callable, folder: Path) -> None:
         options = "--model", "MODEL5", "--batch-size", 16, "--lr", 1e-2, "--momentum", 0.9, "--seed", 1, "--epochs", 5
