@@ -35,9 +35,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
-from download_mnist import ScriptError, run_script, write_file
-from models import build_model, find_model_name, model_classes
-from train_test_mnist import RESULTS, default_batch_size, device_type, load_checkpoint, number_type
+from checkpoints import load_checkpoint
+from models import build_model, default_model_name, find_model_name, model_classes
+from utils import ScriptError, default_batch_size, device_type, number_type, run_script, write_file
 
 try:
     from torch.utils.flop_counter import FlopCounterMode
@@ -798,7 +798,7 @@ def main() -> None:
     """Analyze model after model, and print and draw what was found."""
     args = parse_args()
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
-    names = args.model or [checkpoint["model_name"] if checkpoint else "Model5"]
+    names = args.model or [checkpoint["model_name"] if checkpoint else default_model_name()]
     if checkpoint and names != [checkpoint["model_name"]]:
         raise ScriptError(f"{args.checkpoint} holds weights of {checkpoint['model_name']}: leave out --model")
     if args.image and len(names) > 1:
@@ -813,7 +813,8 @@ def main() -> None:
         except RuntimeError as error:
             raise ScriptError(f"{name} cannot be analyzed: {str(error).splitlines()[0]}") from error
         if checkpoint:
-            analysis.checkpoint = {key: checkpoint[key] for key in RESULTS}
+            results = ("epoch", "train_accuracy", "test_accuracy", "best_test_accuracy")
+            analysis.checkpoint = {key: checkpoint[key] for key in results}
         analyses[name] = analysis
         problems += [f"{name}: {problem}" for problem in analysis.problems()]
         if not args.json:
