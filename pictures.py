@@ -19,7 +19,7 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(f"{title}: loss and error of each epoch")
     epochs = [row["epoch"] for row in history]
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "error, %"), strict=True):
         for part in ("train", "val", "test"):
@@ -29,6 +29,8 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
                 axes.plot(epochs, losses if quantity == "loss" else errors, marker=".", label=part)
         axes.set(xlabel="epoch", ylabel=quantity, yscale="log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
