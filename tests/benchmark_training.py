@@ -128,9 +128,6 @@ def compute_only(name: str, batch_size: int, device: torch.device, data_dir: Pat
     return repeated(train_step), repeated(test_batch)
 
 
-VARIANTS = (classic_loop, this_repository, compute_only)
-
-
 def serve(connection: object, prepare: Callable[..., tuple[Work, Work]], setting: Setting) -> None:
     """In a process of its own: prepare a variant, and time what the connection asks for."""
     works = dict(zip(("train", "test"), prepare(*setting), strict=True))
@@ -146,7 +143,7 @@ def serve(connection: object, prepare: Callable[..., tuple[Work, Work]], setting
 def measure(setting: Setting, rounds: int, steps: int) -> list[tuple[str, float, float, float]]:
     """Return each variant's name, seconds a training step, seconds an epoch, and speed in classic loops."""
     context, connections = multiprocessing.get_context("spawn"), {}
-    for prepare in VARIANTS:
+    for prepare in (classic_loop, this_repository, compute_only):
         connections[prepare.__name__], theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, prepare, setting)).start()
         theirs.close()  # so that a process that dies is noticed

@@ -8,9 +8,7 @@ import pytest
 
 
 @pytest.mark.usefixtures("tiny_mnist")
-def test_tables(
-    tiny_data: Path, tiny_sums: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_tables(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     commands = []
     monkeypatch.setattr(benchmark_training.subprocess, "run", lambda command, **options: commands.append(command))
     options = "--rounds", 1, "--steps", 3, "--data-dir", tiny_data
