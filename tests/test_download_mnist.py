@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import http.server
 import pickle
-import signal
 import socket
 import struct
 import subprocess
@@ -301,39 +300,6 @@ class TestWrongFiles:
         assert (raw / NAMES[2]).exists()
         dm.download_mnist(tmp_path, str(tiny_gz))
         assert contents(raw) == tiny_files
-
-    def test_failed_write_leaves_the_old_file(
-        self, tmp_path: Path, tiny_gz: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = tmp_path / "file"
-        dm.write_file(path, b"old")
-
-        def fail(*args: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(Path, "replace", fail)
-        with pytest.raises(dm.ScriptError, match="file: No space left on device"):
-            dm.write_file(path, b"new")
-        assert path.read_bytes() == b"old"
-        with pytest.raises(dm.ScriptError, match=r"^cannot write .*No space left"):  # and no other source
-            dm.download_mnist(tmp_path, str(tiny_gz))
-        assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_second_interrupt_ends_the_script_at_once(capsys: pytest.CaptureFixture) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as stop:
-            dm.run_script(interrupt)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert stop.value.code == 130
-    assert capsys.readouterr().err.endswith(": interrupted; run it again\n")
 
 
 def test_script_with_a_source_that_answers_404(tmp_path: Path, server: Server) -> None:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -325,17 +324,6 @@ class TestOptions:
         assert not parse(monkeypatch, "--device", "mps").cuda_graph
         assert parse(monkeypatch, "--device", "cuda").batch_size == 128
         assert parse(monkeypatch, "--device", "cuda", "--batch-size", "7").batch_size == 7
-
-    @pytest.mark.parametrize(
-        ("offered", "chosen"), [((), "cpu"), (("mps",), "mps"), (("cuda", "mps"), "cuda"), (("xpu",), "xpu")]
-    )
-    def test_auto_device(self, offered: tuple, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in offered)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in offered)
-        xpu = SimpleNamespace(is_available=lambda: "xpu" in offered)
-        monkeypatch.setattr(torch, "xpu", xpu, raising=False)  # torch 2.0 has none
-        monkeypatch.setattr(torch, "zeros", lambda *args, device: torch.ones(1))
-        assert tt.device_type("auto") == torch.device(chosen)
 
     @pytest.mark.parametrize(
         "options",
