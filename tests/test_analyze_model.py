@@ -19,10 +19,11 @@ from torch.nn import Conv2d, GroupNorm, Linear, MaxPool2d, ReLU, Sequential
 
 import analyze_model
 from analyze_model import Analysis, Axis, analyze
-from download_mnist import ScriptError
+from checkpoints import save_checkpoint
 from models import build_model
-from train_test_mnist import save_checkpoint
+from utils import ScriptError
 
+RESULTS = ("epoch", "train_accuracy", "test_accuracy", "best_test_accuracy")
 MODEL5_TABLE = """\
 3 1 0 1 28 26  1  1  1  3 0 0
 3 1 0 1 26 24  1  1  3  5 0 0
@@ -569,7 +570,7 @@ def test_trained_weights_are_the_ones_analyzed(tmp_path: Path, monkeypatch: pyte
     model = build_model("Model1")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     stored = {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}
-    save_checkpoint(tmp_path / "a.pth", stored | {"model_name": "Model1"} | dict.fromkeys(analyze_model.RESULTS, 50))
+    save_checkpoint(tmp_path / "a.pth", stored | {"model_name": "Model1"} | dict.fromkeys(RESULTS, 50))
     given = []
     monkeypatch.setattr(analyze_model, "analyze", lambda model, *_: given.append(model) or analyze(model, (28, 28), 1))
     monkeypatch.setattr(sys, "argv", ["analyze_model.py", "--checkpoint", str(tmp_path / "a.pth"), "--device", "cpu"])
