@@ -39,7 +39,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.sent = 0
         self.asked: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
