@@ -154,12 +154,14 @@ class TestRun:
         assert [float(row["test_accuracy"]) for row in read_log(tmp_path)] == tested
         assert [row["val_accuracy"] for row in read_log(tmp_path)] == [str(v) if val_size else "" for v in choosing]
 
-    def test_each_epoch_is_seeded(self, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_seed_decides(self, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tt, "train_one_epoch", lambda *args: (torch.rand(()).item(), 10.0))
         train(tmp_path, "--epochs", 3, "--seed", 5)
         for epoch, row in enumerate(read_log(tmp_path), start=1):
             tt.seed_epoch(5, epoch)
             assert float(row["train_loss"]) == torch.rand(()).item()
+        torch.manual_seed(5)  # the first weights depend on the seed, too
+        assert_same(load(tmp_path / "best_mnist_model.pth")["model_state_dict"], build_model("Model5").state_dict())
 
     def test_resuming_with_every_option_is_exact(self, train: Callable, tiny_data: Path, tmp_path: Path) -> None:
         train(tmp_path, *STRONG, "--epochs", 4)
