@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 import download_mnist
@@ -20,6 +21,9 @@ import train_test_mnist
 
 ROOT = Path(__file__).parent.parent
 REAL_SOURCES = (ROOT / "data" / "MNIST" / "raw", ROOT.parent / "shared" / "mnist")
+
+os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}  # for scripts: no waiting for each other, one width
+torch.set_num_threads(1)
 
 # Runs a script as `python script.py ...` would, with the tiny data set for MNIST and no mirror
 ON_TINY_MNIST = """
@@ -133,8 +137,7 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run a Python script from a folder and return its exit status, output and errors as text."""
     command = [sys.executable, *map(str, command)]
-    env = os.environ | {"COLUMNS": "120"}  # not the width of the terminal that the tests run in
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="session")
