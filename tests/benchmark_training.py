@@ -145,7 +145,7 @@ def measure(setting: Setting, rounds: int, steps: int) -> list[tuple[str, float,
     context, connections = multiprocessing.get_context("spawn"), {}
     for prepare in (classic_loop, this_repository, compute_only):
         connections[prepare.__name__], theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, prepare, setting)).start()
+        context.Process(target=serve, args=(theirs, prepare, setting), daemon=True).start()
         theirs.close()  # so that a process that dies is noticed
     turns = {name: [] for name in connections}
     for _ in range(rounds + 1):
