@@ -1,7 +1,10 @@
 """The benchmark runs on the tiny data set; what it measures is not tested."""
 
+import multiprocessing
 import re
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark_training
 import pytest
@@ -9,6 +12,8 @@ import pytest
 
 @pytest.mark.usefixtures("tiny_mnist")
 def test_tables(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    threads = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=threading.Thread)  # they start faster than processes
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: threads)
     commands = []
     monkeypatch.setattr(benchmark_training.subprocess, "run", lambda command, **options: commands.append(command))
     options = "--rounds", 1, "--steps", 3, "--data-dir", tiny_data
