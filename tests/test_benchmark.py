@@ -1,8 +1,11 @@
 """The benchmark runs on the tiny data set; what it measures is not tested."""
 
 import multiprocessing
+import os
 import re
 import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +15,11 @@ import pytest
 
 @pytest.mark.usefixtures("tiny_mnist")
 def test_tables(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    threads = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=threading.Thread)  # they start faster than processes
+    def new_thread(target: Callable, args: tuple, daemon: bool) -> threading.Thread:  # starts faster than a process
+        connection = Connection(os.dup(args[0].fileno()))
+        return threading.Thread(target=target, args=(connection, *args[1:]), daemon=daemon)
+
+    threads = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=new_thread)
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: threads)
     commands = []
     monkeypatch.setattr(benchmark_training.subprocess, "run", lambda command, **options: commands.append(command))
