@@ -155,8 +155,9 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, veri
             model.cpu().eval()
             images = torch.rand(images_at_once(input_size), 1, *input_size)
             with torch.no_grad():
-                dry = Recorder(model, images, list(lines))
-                fields = FieldRun(model, images, lines, dry.arguments, twins)
+                earlier = [Recorder(model, images, list(lines)).arguments for _ in range(3)]
+                torch.manual_seed(0)
+                fields = FieldRun(model, images, lines, earlier, twins)
                 checks = run_checks(model, lines, runs, fields) if verify else []
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     totals = {
@@ -210,8 +211,8 @@ class Recorder(TorchFunctionMode):
         self.held = [images]
         handles = []
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(partial(self.enter, name), with_kwargs=True))
-            handles.append(module.register_forward_hook(partial(self.leave, name), with_kwargs=True))
+            handles.append(nn.Module.register_forward_pre_hook(module, partial(self.enter, name), with_kwargs=True))
+            handles.append(nn.Module.register_forward_hook(module, partial(self.leave, name), with_kwargs=True))
         try:
             with self:
                 model(images)
@@ -268,6 +269,11 @@ class Recorder(TorchFunctionMode):
             line.output_shape = line.output_shape or tuple(tensors[0].shape[1:])
             args, kwargs = map_tensors(lambda tensor: before[id(tensor)], (args, kwargs or {}))
             self.record(line, Call(func, args, kwargs), before, tensors)
+            for tensor in tensors:  # what shares memory with a tensor that was changed has changed, too
+                if id(tensor) in before:
+                    for other in [*self.held, *([] if tensor._base is None else [tensor._base])]:
+                        if other is not tensor and address(other) == address(tensor):
+                            self.note([other], ["it was changed by way of another tensor"])
             self.used |= before.keys()
         self.function = ""
         return output
@@ -358,7 +364,9 @@ def spreads_over(weight: Tensor, output: Tensor) -> bool:
 class FieldRun(Recorder):
     """Follows the receptive fields through a model in evaluation mode."""
 
-    def __init__(self, model: nn.Module, images: Tensor, lines: list[Layer], earlier: list[str], twins: list) -> None:
+    def __init__(
+        self, model: nn.Module, images: Tensor, lines: list[Layer], earlier: list[list[str]], twins: list
+    ) -> None:
         self.earlier = earlier  # what another run's calls were given: what differs is random
         self.parts = [(dict(twin.named_modules()), dtype) for twin, dtype in twins]
         self.mismatches: list[str] = []  # names of lines that do not read what their window says
@@ -382,7 +390,7 @@ class FieldRun(Recorder):
         if self.running and known and any(isinstance(self.maps.get(id(tensor)), str) for tensor in tensors):
             for modules, dtype in self.parts:
                 found = self.follow(line, Call(modules[name], args, kwargs, dtype), sources, len(tensors))
-                if not any(isinstance(each, str) for each in found):
+                if found and not isinstance(found[0], str):
                     self.note(tensors, found)
                     self.show(line, sources, found)
                     for inner in self.lines[start : self.position]:
@@ -397,15 +405,11 @@ class FieldRun(Recorder):
         sources = [(before[key], self.maps[key]) for key in before if key in self.maps]
         super().record(line, call, before, tensors)
         found = self.follow(line, call, sources, len(tensors))
-        if self.arguments[-1:] != self.earlier[len(self.arguments) - 1 : len(self.arguments)]:
+        number = len(self.arguments)
+        if any(arguments[number - 1 : number] != self.arguments[-1:] for arguments in self.earlier):
             found = [RANDOM] * len(tensors)
         self.note(tensors, found)
         self.show(line, sources, found)
-        for tensor in tensors:  # what shares memory with a tensor that was changed has changed, too
-            if id(tensor) in before:
-                for other in [*self.held, *([] if tensor._base is None else [tensor._base])]:
-                    if other is not tensor and address(other) == address(tensor):
-                        self.note([other], ["it was changed by way of another tensor"])
 
     def follow(self, line: Layer, call: Call, sources: list, count: int) -> list[FeatureMap | str | None]:
         """Return the maps in the results of a call, or why they are not known."""

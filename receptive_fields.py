@@ -8,6 +8,7 @@ row, and a window that explains every such dependence is the window of the call,
 is none, as for a flip or an interpolation, CannotFollowError says so.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -95,6 +96,8 @@ def meet(before: list[View], after: list[View]) -> View:
     jumps = {view.axis.j_out for view in after}
     if len(jumps) > 1 and not (seen == seen[0]).all():
         raise CannotFollowError(f"branches with jumps {' and '.join(map(str, sorted(jumps)))} meet")
+    if not torch.stack([view.seen.any(1) for view in after]).all(0).any():
+        raise CannotFollowError("it puts maps side by side")
     n, j = len(seen), jumps.pop() if len(jumps) == 1 else 0
     first = min(-view.axis.P_out for view in after)
     end = max(view.axis.r_out - view.axis.P_out + (n - 1) * (view.axis.j_out - j) for view in after)
@@ -121,7 +124,8 @@ def fit_window(reads: Tensor, probed: Tensor, n_in: int) -> Window | None:
     first, last = int(units[0]), int(units[-1])
     d = int(units.diff().min()) if len(units) > 1 else 1
     k = (last - first) // d + 1
-    for s in [k] if len(reads) == 1 else range(n_in + 1):
+    whole = int((reads.sum(1) == len(units)).sum())  # the places where all of it is read
+    for s in [k] if len(reads) == 1 else range(n_in + 1) if whole > 1 else ():
         window = (k, s, fullest * s - first, d)
         if taps(window, len(reads), n_in)[:, probed].equal(reads):
             return window
@@ -134,7 +138,7 @@ def declared_windows(func: Callable, args: tuple, kwargs: dict) -> list[Window] 
         "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation"),
         "max_pool2d": ("input", "kernel_size", "stride", "padding", "dilation"),
         "avg_pool2d": ("input", "kernel_size", "stride", "padding"),
-    }.get(func.__name__.lstrip("_").removesuffix("_with_indices"))
+    }.get(getattr(func, "__name__", "").lstrip("_").removesuffix("_with_indices"))
     if names is None:
         return None
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -187,7 +191,8 @@ class Call(NamedTuple):
 
         def copy_of(tensor: Tensor) -> Tensor:
             tensor = replaced.get(id(tensor), tensor)
-            copies.append(tensor.to(self.dtype, copy=True) if tensor.is_floating_point() else tensor.clone())
+            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+            copies.append(tensor.to(dtype, copy=True, memory_format=torch.contiguous_format))
             return copies[-1]
 
         args, kwargs = map_tensors(copy_of, (self.args, self.kwargs))
@@ -273,7 +278,9 @@ def take_pictures(call: Call, source: Tensor, feature_map: FeatureMap) -> list[P
     """
     rows, columns = map(probed_units, feature_map.size)
     probes = [(0, row) for row in rows.tolist()] + [(1, column) for column in columns.tolist()]
-    choices = [tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.dtype == torch.bool]
+    choices = [
+        tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.dtype == torch.bool and tensor is not source
+    ]
     pictures: list[Picture | str] = []
     for way, value in enumerate((torch.nan, 1e4, -1e4, torch.nan)):
         given = {id(tensor): ~tensor for tensor in choices if way == 3}
