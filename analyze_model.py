@@ -19,10 +19,11 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import operator
 import shutil
 import types
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -36,8 +37,22 @@ from torch.overrides import TorchFunctionMode
 from download_mnist import ScriptError, run_script
 from models import build_model, find_model_name, model_classes
 from pictures import draw_receptive_fields, require_matplotlib
-from receptive_fields import Axis, Call, FeatureMap, Picture, View, WindowMismatchError
-from receptive_fields import as_map, follow_call, image_map, map_tensors, results, take_pictures, tensors_in, version
+from receptive_fields import (
+    Axis,
+    Call,
+    CannotFollowError,
+    FeatureMap,
+    Picture,
+    View,
+    WindowMismatchError,
+    as_map,
+    follow_call,
+    image_map,
+    map_tensors,
+    results_of,
+    take_pictures,
+    tensors_in,
+)
 from train_test_mnist import RESULTS, default_batch_size, device_type, load_checkpoint, load_mnist, number_type
 
 try:
@@ -61,8 +76,8 @@ RF           receptive field after the layer, height x width"""
 
 UNKNOWN_INPUT = "what comes in is not known"
 RANDOM = "its arguments differ from run to run"
-OUTSIDE = "what it returns comes from no call of a torch function on what it is given"
-COLUMNS = tuple(field.name for field in dataclasses.fields(Axis))
+UNRECORDED = "what it returns comes from no call of a torch function on what it is given"
+COLUMNS = [field.name for field in dataclasses.fields(Axis)]
 
 
 @dataclasses.dataclass
@@ -133,49 +148,39 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, veri
     function destroys what autograd has kept, for then the model cannot be trained. Without `verify` no check is made.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    twins = [(copy_model(model).cpu().double(), torch.float64), (copy_model(model).cpu(), torch.float32)]
-    for twin, _ in twins:
-        twin.eval()
-    model = copy_model(model)
+    architecture, model, twin = str(model), copy_model(model), copy_model(model).cpu().double()
     model.train()
-    lines: list[Layer] = []
-    checks: list[Check] = []
+    twin.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # What grows with the batch and what does not shows in two small batches. One image alone is a special case.
+        # Of two small batches, the second shows what grows with the batch. One image alone is a case of its own.
         batches = [torch.rand(n, 1, *input_size, device=device) for n in ((2, 3) if batch_size > 1 else (1,))]
-        runs = [Measurement(model, images, lines) for images in batches]
-        failure = next((run.failure for run in runs if run.failure), None)
-        shared = describe_layers(model, lines, used=set().union(*(run.used for run in runs)))
-        for line in lines:
-            line.kept, line.macs = extrapolate(runs, "kept", line, batch_size), extrapolate(runs, "flops", line, 1) // 2
-            if any(id(line) in run.uncounted for run in runs):
-                line.macs = None
+        runs = [Measurement(model, images) for images in batches]
+        failure = runs[0].failure or runs[-1].failure
         if not failure:
             try_backward(model, batches[0])
-            model.cpu().eval()
-            images = torch.rand(images_at_once(input_size), 1, *input_size)
-            with torch.no_grad():
-                earlier = [Recorder(model, images, list(lines)).arguments for _ in range(3)]
-                torch.manual_seed(0)
-                fields = FieldRun(model, images, lines, earlier, twins)
-                checks = run_checks(model, lines, runs, fields) if verify else []
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        model.cpu().eval()
+        # An image for each row and column to probe, or fewer if they are large, and one more that is not probed
+        images = torch.rand(min(sum(input_size), max(4, 2**17 // math.prod(input_size))) + 1, 1, *input_size)
+        with torch.no_grad():
+            rehearsals = [FieldRun(model, images).arguments for _ in range(3)]
+            torch.manual_seed(0)  # as in replays
+            fields = FieldRun(model, images, twin, rehearsals)
+            lines = complete_lines(fields.lines, model, runs, batch_size)
+            checks = run_checks(model, lines, runs, fields) if verify and not failure else []
     totals = {
         "weight": sum(line.weight for line in lines),
         "bias": sum(line.bias for line in lines),
-        "parameters": sum(count for count, _ in counts),
-        "trainable": sum(count for count, trainable in counts if trainable),
-        "frozen": sum(count for count, trainable in counts if not trainable),
-        "shared": shared,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "frozen": sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
+        "shared": count_shared(model, lines),
         "buffers": sum(buffer.numel() for buffer in model.buffers()),
         "macs": None if any(line.macs is None for line in lines) else sum(line.macs for line in lines),
         "kept": sum(line.kept for line in lines),
     }
-    for line in lines:
-        line.share = round(100 * line.parameters / max(totals["parameters"], 1), 2)
-    largest = max((extrapolate(runs, "work", line, batch_size) for line in lines), default=0)
-    memory = add_up_memory(model, batch_size, input_size, totals["kept"], largest)
-    return Analysis(str(model), input_size, batch_size, str(device), lines, totals, memory, checks, failure)
+    at_work = max((extrapolate(runs, key, "at work", batch_size) for key in runs[0].measured), default=0)
+    memory = add_up_memory(model, batch_size, input_size, totals["kept"], at_work)
+    return Analysis(architecture, input_size, batch_size, str(device), lines, totals, memory, checks, failure)
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -186,168 +191,79 @@ def copy_model(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(value): value for value in shared})
 
 
-# Running the model
+def add_hooks(model: nn.Module, enter: Callable, leave: Callable) -> list:
+    """Call enter(name, module, args, kwargs) before each module and leave(..., output) after it; return the handles."""
+    handles = []
+    for name, module in model.named_modules():  # called by way of nn.Module, for scripted modules do not offer hooks
+        handles.append(nn.Module.register_forward_pre_hook(module, partial(enter, name), with_kwargs=True))
+        handles.append(nn.Module.register_forward_hook(module, partial(leave, name), with_kwargs=True))
+    return handles
 
 
-class Recorder(TorchFunctionMode):
-    """Runs a model once, and finds the line of the report for each module, and each call that the images enter.
+def describe_failure(name: str, images: Tensor, error: Exception) -> str:
+    """Say in one line what fails on the images."""
+    return f"{name} fails on images of {format_shape(images.shape[2:])}: {first_line(error)}"
 
-    A call within one of torch's layers belongs to the layer's line, any other has a line of its own. Lines that an
-    earlier run has made are used again.
-    """
 
-    def __init__(self, model: nn.Module, images: Tensor, lines: list[Layer]) -> None:
-        super().__init__()
-        self.lines, self.position = lines, 0  # position: behind the line used last
-        self.running: list[tuple[str, Layer, nn.Module, int]] = []
-        self.function = ""
-        self.busy = False  # with a replay
+class Measurement:
+    """What a run in training mode costs: per call of a module, without the modules in it, `flops`, `kept`, `at work`."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.measured: dict[tuple[str, int], Counter] = defaultdict(Counter)  # by name and number of the call
+        self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         self.failure: str | None = None
-        self.arguments: list[str] = []  # of each call, without the tensors that come from the images
-        self.parameters = {id(parameter) for parameter in model.parameters()}
-        self.used: set[int] = set()  # ids of all that took part in these calls
-        # What comes from the images: its map, or why that is not known. Tensors are held, so that no id is used twice.
-        self.maps: dict[int, FeatureMap | str] = {id(images): image_map(*images.shape[2:])}
-        self.held = [images]
-        handles = []
-        for name, module in model.named_modules():
-            handles.append(nn.Module.register_forward_pre_hook(module, partial(self.enter, name), with_kwargs=True))
-            handles.append(nn.Module.register_forward_hook(module, partial(self.leave, name), with_kwargs=True))
+        self.miscounted: list[str] = []  # where torch's counter disagrees with the formula
+        self.calls, self.running = Counter(), [("", 1)]
+        self.counter, self.counted = FlopCounterMode(display=False) if FlopCounterMode else None, 0
+        self.held = [images, *model.parameters(), *model.buffers()]  # so that no address is used twice
+        self.given = {address(tensor) for tensor in self.held}
+        self.seen = set(self.given)
+        handles = add_hooks(model, self.enter, self.leave)
         try:
-            with self:
+            with saved_tensors_hooks(self.keep, lambda tensor: tensor), self.counter or nullcontext():
                 model(images)
         except Exception as error:  # whatever a user's forward raises
-            where = type(model).__name__
-            if self.running:
-                _, line, module, _ = self.running[-1]
-                where = line.name if is_layer(module) or not self.function else f"{self.function}() in {line.name}"
-                line.unknown = "it fails in evaluation mode"
-            self.failure = f"{where} fails on images of {format_shape(images.shape[2:])}: {first_line(error)}"
+            self.failure = describe_failure(self.running[-1][0] or type(model).__name__, images, error)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def find_line(self, name: str, type_name: str, is_block: bool = False) -> Layer:
-        """Return the next line of that name, or a new one behind the line used last."""
-        names = [line.name for line in self.lines]
-        if name in names[self.position :]:
-            self.position = names.index(name, self.position)
-        else:
-            self.lines.insert(self.position, Layer(name, len(self.running), type_name, is_block))
-        self.position += 1
-        return self.lines[self.position - 1]
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd keeps; memory that several calls keep counts for the first."""
+        if tensor.dim() and address(tensor) not in self.seen:
+            self.measured[self.running[-1]]["kept"] += tensor.untyped_storage().nbytes()
+            self.seen.add(address(tensor))
+            self.held.append(tensor)
+        return tensor
+
+    def count(self) -> None:
+        """Add the operations since the last time to the module that runs."""
+        flops = self.counter.get_total_flops() if self.counter else 0
+        self.measured[self.running[-1]]["flops"] += flops - self.counted
+        self.counted = flops
 
     def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note that a module starts to run."""
-        line = self.find_line(name or type(module).__name__, type(module).__name__, not is_layer(module))
-        self.running.append((name, line, module, self.position))
+        self.count()
+        self.calls[name] += 1
+        self.running.append((name, self.calls[name]))
 
     def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        """Note what a module returns; it counts as coming from the images if something given to it does."""
-        _, line, _, _ = self.running.pop()
-        tensors = tensors_in(output)
-        if any(id(tensor) in self.maps for tensor in tensors_in((args, kwargs))):
-            self.note(tensors, [self.maps.get(id(tensor), OUTSIDE) for tensor in tensors])
-        for tensor in tensors[:1]:
-            line.output_shape = line.output_shape or tuple(tensor.shape[1:])
-
-    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
-        """Make the call; record it where it computes something from the images."""
-        given = tensors_in((args, kwargs))
-        if self.busy or not self.running or not any(id(tensor) in self.maps for tensor in given):
-            return func(*args, **(kwargs or {}))
-        self.function = func.__name__.strip("_").removesuffix("_with_indices")  # relu for relu_, too
-        before = {id(tensor): tensor.detach() for tensor in given}  # in the shape that they have now
-        versions = [version(tensor) for tensor in given]
-        output = func(*args, **(kwargs or {}))
-        tensors = results(output, given, versions)
-        if tensors:
-            _, line, module, _ = self.running[-1]
-            if not is_layer(module):
-                name = f"{line.name}.{self.function}()" if len(self.running) > 1 else f"{self.function}()"
-                line = self.find_line(name, "function")
-            line.output_shape = line.output_shape or tuple(tensors[0].shape[1:])
-            args, kwargs = map_tensors(lambda tensor: before[id(tensor)], (args, kwargs or {}))
-            self.record(line, Call(func, args, kwargs), before, tensors)
-            for tensor in tensors:  # what shares memory with a tensor that was changed has changed, too
-                if id(tensor) in before:
-                    for other in [*self.held, *([] if tensor._base is None else [tensor._base])]:
-                        if other is not tensor and address(other) == address(tensor):
-                            self.note([other], ["it was changed by way of another tensor"])
-            self.used |= before.keys()
-        self.function = ""
-        return output
-
-    def record(self, line: Layer, call: Call, before: dict[int, Tensor], tensors: list[Tensor]) -> None:
-        """Take note of a call, of what was given to it, by id, and of its results."""
-        constants = {id(before[key]) for key in before.keys() - self.maps.keys()}
-        told = map_tensors(
-            lambda t: t.tolist() if id(t) in constants and not t.is_floating_point() else None, call[1:3]
-        )
-        self.arguments.append(f"{line.name} {told}")
-        self.note(tensors, [""] * len(tensors))
-
-    def note(self, tensors: list[Tensor], maps: list[FeatureMap | str | None]) -> None:
-        """Remember what is known of tensors; None: they do not come from the images."""
-        for tensor, known in zip(tensors, maps, strict=True):
-            self.held.append(tensor)
-            self.maps.pop(id(tensor), None)
-            if known is not None:
-                self.maps[id(tensor)] = known
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Tell whether a module is one of torch's own without parts, so that the functions it calls are its own."""
-    return type(module).__module__.startswith("torch.nn.") and not list(module.children())
-
-
-class Measurement(Recorder):
-    """Measures, by the ids of lines, operations and the bytes that are kept for the backward pass and at work."""
-
-    def __init__(self, model: nn.Module, images: Tensor, lines: list[Layer]) -> None:
-        self.flops, self.kept, self.work = Counter(), Counter(), Counter()
-        self.uncounted: set[int] = set()  # lines with a product that torch's counter does not know
-        self.miscounted: list[str] = []  # names of lines where it disagrees with the formula
-        self.counter, self.counted = FlopCounterMode(display=False) if FlopCounterMode else None, 0
-        self.packed: list[Tensor] = []
-        self.known = [images, *model.parameters(), *model.buffers()]
-        self.storages = {address(tensor) for tensor in self.known}
-        self.of_model = set(self.storages)
-        hooks = saved_tensors_hooks(lambda tensor: self.packed.append(tensor) or tensor, lambda tensor: tensor)
-        with hooks, self.counter or nullcontext():
-            super().__init__(model, images, lines)
-
-    def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        """Count what happened since the last call, too."""
-        self.settle(self.running[-1][1])
-        super().leave(name, module, args, kwargs, output)
-
-    def record(self, line: Layer, call: Call, before: dict[int, Tensor], tensors: list[Tensor]) -> None:
-        """Count what a call did."""
-        super().record(line, call, before, tensors)
-        flops = self.settle(line)
-        at_work = {address(t): t.untyped_storage().nbytes() for t in [*before.values(), *tensors] if t.dim()}
-        self.work[id(line)] = max(self.work[id(line)], sum(at_work[key] for key in at_work.keys() - self.of_model))
-        weights = [before[key] for key in before.keys() & self.parameters if before[key].dim() > 1]
-        if self.function in ("conv2d", "linear"):
-            weight = call.kwargs["weight"] if "weight" in call.kwargs else call.args[1]
-            if flops and flops != 2 * tensors[0].numel() * weight[0].numel():
-                self.miscounted.append(line.name)
-        if not flops and any(not spreads_over(weight, tensors[0]) for weight in weights):
-            self.uncounted.add(id(line))
-
-    def settle(self, line: Layer) -> int:
-        """Add what was counted and kept since the last time to a line; return the operations."""
-        flops = self.counter.get_total_flops() - self.counted if self.counter else 0
-        self.counted += flops
-        self.flops[id(line)] += flops
-        for tensor in self.packed:
-            if tensor.dim() and address(tensor) not in self.storages:
-                self.kept[id(line)] += tensor.untyped_storage().nbytes()
-                self.storages.add(address(tensor))
-                self.known.append(tensor)  # so that no address is used twice
-        self.packed.clear()
-        return flops
+        """Note what a module did."""
+        self.count()
+        key, outputs = self.running.pop(), tensors_in(output)
+        sizes = {address(t): t.untyped_storage().nbytes() for t in [*tensors_in((args, kwargs)), *outputs]}
+        self.measured[key]["at work"] = sum(size for at, size in sizes.items() if at not in self.given)
+        self.shapes[key] = tuple(outputs[0].shape[1:]) if outputs else ()
+        flops = self.measured[key]["flops"]
+        if isinstance(module, nn.Conv2d | nn.Linear) and flops not in (
+            0,
+            2 * outputs[0].numel() * module.weight[0].numel(),
+        ):
+            self.miscounted.append(name)
+        if is_layer(module) and not flops and tensors_in((args, kwargs))[0].is_floating_point():
+            weights = [weight for weight in module.parameters() if weight.dim() > 1]
+            self.measured[key]["uncounted"] = sum(not spreads_over(weight, outputs[0]) for weight in weights)
 
 
 def address(tensor: Tensor) -> int:
@@ -356,77 +272,149 @@ def address(tensor: Tensor) -> int:
 
 
 def spreads_over(weight: Tensor, output: Tensor) -> bool:
-    """Tell whether a weight can be added to an output, or multiplied with it number by number: that is no product."""
+    """Tell whether a weight can be multiplied with an output number by number; else it makes a matrix product."""
     pairs = zip(reversed(weight.shape), reversed(output.shape), strict=False)
     return weight.dim() <= output.dim() and all(n in (1, m) for n, m in pairs)
 
 
-class FieldRun(Recorder):
-    """Follows the receptive fields through a model in evaluation mode."""
+def is_layer(module: nn.Module) -> bool:
+    """Tell whether a module is one of torch's own without parts, so that the functions it calls are its own."""
+    return type(module).__module__.startswith("torch.nn.") and not list(module.children())
+
+
+def try_backward(model: nn.Module, images: Tensor) -> None:
+    """Raise RuntimeError where an in-place function has destroyed what autograd kept."""
+    outputs = [tensor for tensor in tensors_in(model(images)) if tensor.requires_grad]
+    try:
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    except RuntimeError as error:
+        if "inplace operation" in str(error):
+            raise
+
+
+def extrapolate(runs: list[Measurement], key: tuple[str, int], what: str, n: int) -> int:
+    """Return what a call would measure on n images, from the runs on 2 and on 3, or from the only one on 1."""
+    first, last = runs[0].measured[key][what], runs[-1].measured[key][what]
+    return max(0, first + (last - first) * (n - 2))
+
+
+class FieldRun(TorchFunctionMode):
+    """Runs a model in evaluation mode; notes a line for each module, and one for each call outside torch's layers.
+
+    With a `twin`, a copy of the model in float64 for replays, it follows receptive fields. The arguments in
+    `rehearsals` are those of earlier runs: a call whose arguments differ from run to run is not followed.
+    """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, lines: list[Layer], earlier: list[list[str]], twins: list
+        self, model: nn.Module, images: Tensor, twin: nn.Module | None = None, rehearsals: list[list[str]] | None = None
     ) -> None:
-        self.earlier = earlier  # what another run's calls were given: what differs is random
-        self.parts = [(dict(twin.named_modules()), dtype) for twin, dtype in twins]
-        self.mismatches: list[str] = []  # names of lines that do not read what their window says
-        self.outputs: list[tuple[str, FeatureMap | str | None]] = []  # of each module: its name and what it returns
-        self.entered: list[list[tuple[Tensor, FeatureMap | str]]] = []
+        super().__init__()
+        self.lines: list[Layer] = []
+        self.arguments: list[str] = []  # of each call, but for tensors that come from the images
+        self.mismatches: list[str] = []  # lines that do not read what their window says
+        self.returned: list[tuple[str, FeatureMap | str | None]] = []  # by each module
         self.nan_passes = True
-        super().__init__(model, images, lines)
+        self.failure: str | None = None
+        # What comes from the images: its map, or why that is not known. Tensors are held, so that no id is used twice.
+        self.maps: dict[int, FeatureMap | str] = {id(images): image_map(images.shape[2:])}
+        self.held, self.images = [images], images
+        self.running: list[tuple] = []  # a module's line, where the lines in it begin, and the maps it is given
+        self.twin = dict(twin.named_modules()) if twin else {}
+        self.rehearsals, self.replaying = rehearsals or [], False
+        handles = add_hooks(model, self.enter, self.leave)
+        try:
+            with self:
+                model(images)
+        except Exception as error:  # whatever a user's forward raises
+            line = self.running[-1][0]
+            self.failure, line.unknown = describe_failure(line.name, images, error), "it fails in evaluation mode"
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Keep what is known of what a module is given."""
-        super().enter(name, module, args, kwargs)
-        given = {id(tensor): tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self.maps}
-        self.entered.append([(tensor, self.maps[key]) for key, tensor in given.items()])
+        """Note that a module starts to run, and what is known of what it is given."""
+        line = Layer(name or type(module).__name__, len(self.running), type(module).__name__, not is_layer(module))
+        sources = {id(tensor): tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self.maps}
+        self.lines.append(line)
+        self.running.append((line, len(self.lines), [(tensor, self.maps[key]) for key, tensor in sources.items()]))
 
     def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        """Follow a module as a whole where a call in it cannot be followed."""
-        _, line, _, start = self.running[-1]
-        super().leave(name, module, args, kwargs, output)
-        sources, tensors = self.entered.pop(), tensors_in(output)
-        known = sources and all(isinstance(source, FeatureMap) for _, source in sources)
-        if self.running and known and any(isinstance(self.maps.get(id(tensor)), str) for tensor in tensors):
-            for modules, dtype in self.parts:
-                found = self.follow(line, Call(modules[name], args, kwargs, dtype), sources, len(tensors))
-                if found and not isinstance(found[0], str):
-                    self.note(tensors, found)
-                    self.show(line, sources, found)
-                    for inner in self.lines[start : self.position]:
-                        inner.unknown = None
-                    break
-        returned = self.maps.get(id(tensors[0])) if tensors else None
-        line.unknown = OUTSIDE if returned == OUTSIDE else line.unknown
-        self.outputs.append((name, returned))
+        """Note what a module returns; follow it as a whole where a call in it cannot be followed."""
+        line, start, sources = self.running.pop()
+        tensors, inside = tensors_in(output), self.lines[start:]
+        if sources:
+            self.note(tensors, [self.maps.get(id(tensor), UNRECORDED) for tensor in tensors])
+        returned = [self.maps.get(id(tensor)) for tensor in tensors]
+        is_random = any(inner.unknown == RANDOM for inner in inside)
+        is_lost = any(isinstance(each, str) for each in returned)
+        if self.running and self.twin and line.is_block and is_lost and not is_random:
+            found = self.follow(line, Call(self.twin[name], args, kwargs), sources, len(tensors))
+            if not isinstance(found[0], str):
+                self.note(tensors, found)
+                self.show(line, sources, found)
+                for inner in inside:
+                    inner.unknown = None
+        elif UNRECORDED in returned:
+            line.unknown = UNRECORDED
+        line.output_shape = tuple(tensors[0].shape[1:]) if tensors else ()
+        self.returned.append((name, self.maps.get(id(tensors[0])) if tensors else None))
 
-    def record(self, line: Layer, call: Call, before: dict[int, Tensor], tensors: list[Tensor]) -> None:
-        """Follow a call."""
-        sources = [(before[key], self.maps[key]) for key in before if key in self.maps]
-        super().record(line, call, before, tensors)
-        found = self.follow(line, call, sources, len(tensors))
-        number = len(self.arguments)
-        if any(arguments[number - 1 : number] != self.arguments[-1:] for arguments in self.earlier):
-            found = [RANDOM] * len(tensors)
-        self.note(tensors, found)
-        self.show(line, sources, found)
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        """Make the call; follow it where something comes from the images, and give it a line outside torch's layers."""
+        given, kwargs = tensors_in((args, kwargs)), kwargs or {}
+        if self.replaying or not self.running or not any(id(tensor) in self.maps for tensor in given):
+            return func(*args, **kwargs)
+        before = {id(tensor): tensor.detach() for tensor in given}  # in the shape that they have before the call
+        versions = [tensor._version for tensor in given]
+        output = func(*args, **kwargs)
+        tensors = results_of(output, given, versions)
+        if tensors and (tensors[0].dim() or tensors[0].dtype != torch.bool):  # but not for the truth of an assertion
+            line, *_ = self.running[-1]
+            if line.is_block:
+                function = func.__name__.strip("_").removesuffix("_with_indices")  # relu for relu_, too
+                name = f"{line.name}.{function}()" if line.depth else f"{function}()"
+                line = Layer(name, len(self.running), "function", output_shape=tuple(tensors[0].shape[1:]))
+                self.lines.append(line)
+            call = Call(func, *map_tensors(lambda tensor: before[id(tensor)], (args, kwargs)))
+            sources = [(before[key], self.maps[key]) for key in before if key in self.maps]
+            constants = {
+                id(before[key]) for key in before if key not in self.maps and not before[key].is_floating_point()
+            }
+            told = map_tensors(lambda tensor: tensor.tolist() if id(tensor) in constants else None, (args, kwargs))
+            self.arguments.append(f"{line.name} {told}")
+            found = self.follow(line, call, sources, len(tensors))
+            self.note(tensors, found)
+            self.show(line, sources, found)
+        return output
 
     def follow(self, line: Layer, call: Call, sources: list, count: int) -> list[FeatureMap | str | None]:
         """Return the maps in the results of a call, or why they are not known."""
-        if any(isinstance(known, str) for _, known in sources):
+        number = len(self.arguments)
+        if any(isinstance(known, str) for _, known in sources) or not self.twin:
             return [UNKNOWN_INPUT] * count
-        self.busy = True
+        if any(arguments[number - 1 : number] != self.arguments[-1:] for arguments in self.rehearsals):
+            return [RANDOM] * count
+        self.replaying = True
         try:
             found, passes = follow_call(call, sources)
         except WindowMismatchError as mismatch:
             self.mismatches.append(line.name)
             return [str(mismatch)] * count
-        except Exception as error:  # whatever a function does not like about a replay
+        except Exception as error:  # whatever a function or a module does not like about a replay
             return [f"it refuses a replay: {first_line(error)}"] * count
         finally:
-            self.busy = False
+            self.replaying = False
         self.nan_passes &= passes
-        return found if len(found) == count else ["a replay returns something else"] * count
+        return found if len(found) == count else ["it returns something else in a replay"] * count
+
+    def note(self, tensors: list[Tensor], maps: list[FeatureMap | str | None]) -> None:
+        """Remember what is known of tensors; None if they do not come from the images."""
+        for tensor, known in zip(tensors, maps, strict=True):
+            self.held.append(tensor)
+            self.maps.pop(id(tensor), None)
+            if known is not None:
+                self.maps[id(tensor)] = known
 
     def show(self, line: Layer, sources: list, found: list[FeatureMap | str | None]) -> None:
         """Enter the first result into the report's line."""
@@ -442,62 +430,51 @@ class FieldRun(Recorder):
 # What the report adds up and checks
 
 
-def describe_layers(model: nn.Module, lines: list[Layer], used: set[int]) -> int:
-    """Fill in parameters and buffers, each at the first line that has it; add lines for modules never called.
-
-    Return how many parameters several lines share.
-    """
+def complete_lines(lines: list[Layer], model: nn.Module, runs: list[Measurement], batch_size: int) -> list[Layer]:
+    """Add to the lines what was measured, and parameters and buffers, each where it comes first; and missing modules."""
     modules = {name or type(model).__name__: module for name, module in model.named_modules()}
-    called = {line.name for line in lines}
-    for name, module in modules.items():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if name not in called and (own or is_layer(module)):
-            output = () if any(id(tensor) in used for tensor in own) else None
-            lines.append(Layer(name, 1, type(module).__name__, not is_layer(module), output))
-    described, shared = set(), set()
+    listed = {line.name for line in lines}
+    if not runs[-1].failure:
+        for name, module in modules.items():
+            if name not in listed and (is_layer(module) or [*module.parameters(False), *module.buffers(False)]):
+                shape = runs[0].shapes.get((name, 1))  # it may run in training alone
+                lines.append(Layer(name, 1, type(module).__name__, not is_layer(module), shape))
+    calls, described = Counter(), set()
     for line in lines:
-        for name, parameter in modules[line.name].named_parameters(recurse=False) if line.name in modules else ():
-            if parameter in described:
-                shared.add(parameter)
-            elif "bias" in name:
-                line.bias += parameter.numel()
-            else:
-                line.weight += parameter.numel()
-            described.add(parameter)
-        buffers = set(modules[line.name].buffers(recurse=False)) - described if line.name in modules else set()
-        line.buffers = sum(buffer.numel() for buffer in buffers)
-        described |= buffers
+        if line.name not in modules:
+            continue
+        calls[line.name] += 1
+        key = (line.name if line.depth else "", calls[line.name])
+        line.kept = extrapolate(runs, key, "kept", batch_size)
+        line.macs = None if runs[0].measured[key]["uncounted"] else extrapolate(runs, key, "flops", 1) // 2
+        for name, parameter in modules[line.name].named_parameters(recurse=False):
+            if parameter not in described:
+                line.bias += parameter.numel() if "bias" in name else 0
+                line.weight += parameter.numel() if "bias" not in name else 0
+        line.buffers = sum(b.numel() for b in set(modules[line.name].buffers(recurse=False)) - described)
         line.parameters = line.weight + line.bias
-    return sum(parameter.numel() for parameter in shared)
+        described.update(modules[line.name].parameters(recurse=False), modules[line.name].buffers(recurse=False))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for line in lines:
+        line.share = round(100 * line.parameters / max(total, 1), 2)
+    return lines
 
 
-def extrapolate(runs: list[Measurement], what: str, line: Layer, n: int) -> int:
-    """Return what a line would measure on n images, from the runs on 2 and 3, or on 1."""
-    first, last = (getattr(run, what)[id(line)] for run in (runs[0], runs[-1]))
-    return max(0, first + (last - first) * (n - 2))
+def count_shared(model: nn.Module, lines: list[Layer]) -> int:
+    """Return the parameters of layers that have them in common, or that are called several times."""
+    modules, lists = dict(model.named_modules()), Counter()
+    for line in lines:
+        if line.name in modules:
+            lists.update(set(modules[line.name].parameters(recurse=False)))
+    return sum(parameter.numel() for parameter, times in lists.items() if times > 1)
 
 
-def try_backward(model: nn.Module, images: Tensor) -> None:
-    """Raise RuntimeError where an in-place function has destroyed what autograd kept."""
-    outputs = [tensor for tensor in tensors_in(model(images)) if tensor.requires_grad]
-    try:
-        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-    except RuntimeError as error:
-        if "inplace operation" in str(error):
-            raise
-
-
-def images_at_once(size: tuple[int, int]) -> int:
-    """Return how many images go through the model at once: one for each row and column, fewer if they are large."""
-    return min(sum(size) + 1, max(5, 2**17 // (size[0] * size[1])))
-
-
-def add_up_memory(model: nn.Module, batch_size: int, size: tuple[int, int], kept: int, largest: int) -> list[Memory]:
+def add_up_memory(model: nn.Module, batch_size: int, size: tuple[int, int], kept: int, at_work: int) -> list[Memory]:
     """Return the parts of a training step with SGD and momentum, and of inference, and their sum."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tensors = [list(model.parameters()), trained, list(model.buffers())]
     parameters, trainable, buffers = (sum(t.numel() * t.element_size() for t in group) for group in tensors)
-    pixels = 4 * batch_size * size[0] * size[1]
+    pixels = 4 * batch_size * math.prod(size)
     memory = [
         Memory("parameters", "weights and biases", parameters, parameters),
         Memory("gradients", "one for each trainable parameter", trainable, 0),
@@ -505,7 +482,7 @@ def add_up_memory(model: nn.Module, batch_size: int, size: tuple[int, int], kept
         Memory("buffers", "stored but not trained", buffers, buffers),
         Memory("input and target", "images, and in training int64 labels", pixels + 8 * batch_size, pixels),
         Memory("activations kept for backward", "the layers' column `kept`", kept, 0),
-        Memory("activations at work", "input and output of the largest layer", 0, largest),
+        Memory("activations at work", "input and output of the largest layer", 0, at_work),
     ]
     return [*memory, Memory("sum", "", sum(part.training for part in memory), sum(part.inference for part in memory))]
 
@@ -515,58 +492,53 @@ def run_checks(model: nn.Module, lines: list[Layer], runs: list[Measurement], fi
     listed, total = sum(line.parameters for line in lines), sum(p.numel() for p in model.parameters())
     miscounted = [name for run in runs for name in run.miscounted]
     return [
-        verdict(
-            "parameters",
-            [] if listed == total else ["the total"],
-            f"those of the layers add up to the model's {total:,}",
-        ),
+        verdict("parameters", [] if listed == total else ["the total"], f"those of the layers add up to {total:,}"),
         verdict("MACs", miscounted, "torch's FLOP counter agrees with the formula for convolutions and linear layers")
         if FlopCounterMode
         else Check("MACs", None, "torch has its FLOP counter since version 2.1"),
-        verdict("windows", fields.mismatches, "what convolutions and poolings declare is what a replay shows"),
+        verdict("windows", fields.mismatches, "replays show the windows that convolutions and poolings declare"),
         check_fields(fields),
     ]
 
 
 def check_fields(fields: FieldRun) -> Check:
-    """Probe the whole model with NaN in rows and columns of pixels: each module's units must see what the table says."""
-    images, start = fields.held[0], image_map(*fields.held[0].shape[2:])
-    followed = [(name, known) for name, known in fields.outputs if isinstance(known, FeatureMap)]
-    reason = fields.failure or ("" if followed else "no module's output is followed")
-    for modules, dtype in [] if reason else fields.parts:
-        call = Call(partial(units_of_modules, modules[""], fields.outputs), (images,), {}, dtype)
-        try:
-            if any(units.isnan().any() for units in call.replay({})):
-                return Check("receptive field", None, "there is NaN without NaN in the images")
-            pictures = take_pictures(call, images, start)
-        except Exception as error:  # whatever a user's forward raises
-            reason = f"the model refuses NaN: {first_line(error)}"
-            continue
-        wrong = [
-            name
-            for (name, known), picture in zip(followed, pictures, strict=True)
-            if isinstance(picture, str) or not sees(known, picture, fields.nan_passes)
-        ]
-        finding = f"NaN in a row or column of pixels reaches the units that should see it, after {len(followed)} of {len(fields.outputs)} modules"
-        return verdict("receptive field", wrong, finding)
-    return Check("receptive field", None, reason)
+    """Probe the whole model with NaN in rows and columns of pixels: units must see what the table says."""
+    followed = [(name, known) for name, known in fields.returned if isinstance(known, FeatureMap)]
+    try:
+        if fields.failure or not followed:
+            raise CannotFollowError(fields.failure or "no module's output is followed")
+        call = Call(partial(units_of_modules, fields.twin[""], fields.returned), (fields.images,), {})
+        if any(units.isnan().any() for units in call.replay({})):
+            raise CannotFollowError("there is NaN without NaN in the images")
+        pictures = take_pictures(call, fields.images, image_map(fields.images.shape[2:]))
+    except Exception as error:  # whatever a user's forward raises
+        return Check("receptive field", None, first_line(error))
+    wrong = [
+        name
+        for (name, known), picture in zip(followed, pictures, strict=True)
+        if not agrees(known, picture, fields.nan_passes)
+    ]
+    scope = f"after {len(followed)} of {len(fields.returned)} modules"
+    return verdict(
+        "receptive field", wrong, f"{scope} a NaN in a row or column of pixels reaches the computed units only"
+    )
 
 
 def units_of_modules(
-    model: nn.Module, outputs: list[tuple[str, FeatureMap | str | None]], images: Tensor
+    model: nn.Module, returned: list[tuple[str, FeatureMap | str | None]], images: Tensor
 ) -> list[Tensor]:
-    """Run a model; return for each output that is followed its units (N, rows, columns): NaN where they hold any."""
-    units, awaited = [], iter(outputs)
+    """Run a model; return, of each output that is followed, the units (N, rows, columns), NaN where they hold any."""
+    units, awaited = [], iter(returned)
 
-    def leave(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+    def leave(name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         expected, known = next(awaited)
         if name != expected:
-            raise RuntimeError("it does not call the same modules again")
+            raise CannotFollowError("the model does not call the same modules again")
         if isinstance(known, FeatureMap):
-            numbers = as_map(tensors_in(output)[0], known.layout, known.size)
-            units.append(torch.where(numbers.reshape(*numbers.shape[:3], -1).isnan().any(-1), torch.nan, 0.0))
+            numbers = as_map(tensors_in(output)[0], known.place, known.size)
+            units.append(torch.where(numbers.reshape(*numbers.shape[:3], -1).isnan().any(3), torch.nan, 0.0))
 
-    handles = [module.register_forward_hook(partial(leave, name)) for name, module in model.named_modules()]
+    handles = add_hooks(model, lambda *_: None, leave)
     try:
         model(images)
     finally:
@@ -575,14 +547,15 @@ def units_of_modules(
     return units
 
 
-def sees(known: FeatureMap, picture: Picture, nan_passes: bool) -> bool:
-    """Tell whether the units that probed rows and columns of pixels reach are those that the map says."""
+def agrees(known: FeatureMap, picture: Picture | str, nan_passes: bool) -> bool:
+    """Tell whether probed rows and columns of pixels reach the units that a map says, as far as NaN passes at all."""
     rows, columns = (view.seen for view in known.views)  # (units, pixels)
-    by_row = rows[:, picture.rows].T[:, :, None] & columns.any(1)
-    by_column = columns[:, picture.columns].T[:, None, :] & rows.any(1)[:, None]
+    if isinstance(picture, str) or not all(map(is_consistent, known.views)):
+        return False
+    by_row = rows[:, picture.probed[0]].T[:, :, None] & columns.any(1)
+    by_column = columns[:, picture.probed[1]].T[:, None, :] & rows.any(1)[:, None]
     expected = torch.cat([by_row, by_column])
-    complete = picture.changed.equal(expected) or not (nan_passes or (picture.changed & ~expected).any())
-    return complete and all(map(is_consistent, known.views))
+    return picture.changed.equal(expected) if nan_passes else not (picture.changed & ~expected).any()
 
 
 def is_consistent(view: View) -> bool:
@@ -742,6 +715,10 @@ def main() -> None:
         raise ScriptError(f"{args.checkpoint} holds weights of {checkpoint['model_name']}: leave out --model")
     if args.image and len(names) > 1:
         raise ScriptError(f"{args.image} is to show one model: give --model one name")
+    if args.image:
+        require_matplotlib()
+        images, _ = load_mnist(args.data_dir, train=False, device=torch.device("cpu"))
+        digit = nn.functional.interpolate(images[:1], tuple(args.input_size))[0, 0]
     analyses, problems = {}, []
     for name in names:
         model = build_model(name).to(args.device)
@@ -762,10 +739,13 @@ def main() -> None:
     elif len(analyses) > 1:
         print(format_comparison(analyses))
     if args.image:
-        digit = sample_digit(args.data_dir).resize(args.input_size[::-1])
-        buffer = io.BytesIO()
-        draw_receptive_fields(analysis, digit).save(buffer, "PNG")
-        write_file(args.image, buffer.getvalue())
+        blocks: dict[str, dict[str, Axis]] = {}
+        for line in analysis.layers:
+            if line.depth <= 1:
+                block = line.name
+            if line.fields:
+                blocks[block] = line.fields[-1]
+        draw_receptive_fields(args.image, digit, blocks)
     if problems:
         raise ScriptError("; ".join(problems))
 

@@ -1,11 +1,10 @@
 """Receptive fields: what the units of a feature map see of the image, measured call by call.
 
 The recurrences and their terms are those of Araujo, Norris, Sim, "Computing Receptive Fields of Convolutional Neural
-Networks", Distill 2019. They need each call's window: kernel size, stride, padding and dilation. Convolutions and
-poolings are given theirs. For every other function, `follow_call` finds it by experiment: it repeats the call with
-NaN in one row, or one column, of the feature map that goes in. What changes in the map that comes out depends on that
-row, and a window that explains every such dependence is the window of the call, whatever the function is. Where there
-is none, as for a flip or an interpolation, CannotFollowError says so.
+Networks", Distill 2019. They need the window of each call: kernel size, stride, padding and dilation. Convolutions and
+poolings declare theirs. For any other function `follow_call` finds it by experiment: it repeats the call with NaN in
+one row, or one column, of the map that goes in; what changes in the map that comes out depends on that row. A window
+that explains all of this is the window of the call. Where there is none, as for a flip, CannotFollowError says so.
 """
 
 import copy
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor
 
 Window = tuple[int, int, int, int]  # kernel size, stride, padding, dilation along one axis
-Layout = tuple[int, int]  # the axes of a tensor (N, ...) along which the rows and the columns of a map lie
-IDENTITY: Window = (1, 1, 0, 1)
-FOLDED = "it folds the batch into something else"
+Place = tuple[int, int]  # the axes of a tensor (N, ...) along which rows and columns of a map lie; see `as_map`
+Size = tuple[int, int]  # rows and columns
 
 
 class CannotFollowError(Exception):
@@ -36,48 +34,48 @@ class WindowMismatchError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One layer along height or width, in pixels of the image except where noted.
+    """One layer along height or width. r and P count pixels of the image, p and n units of a map.
 
-    Unit i sees the pixels from i * j_out - P_out to i * j_out - P_out + r_out - 1, as far as they are in the image.
+    After it, unit i sees pixels i * j_out - P_out to i * j_out - P_out + r_out - 1, those outside the image left out.
     """
 
-    k: int | None  # kernel size, in units; these four are None where branches meet
-    s: int | None  # stride, in units; 0 where every unit reads the same
-    p: int | None  # padding, in units; negative where the map is cropped
-    d: int | None  # dilation, in units
-    n_in: int  # units before the layer
-    n_out: int  # units after it
-    j_in: int  # jump: pixels from one unit to the next; 0 where every unit sees the same pixels
+    k: int | None  # the window; None where branches meet. s is 0 where all units read the same
+    s: int | None
+    p: int | None  # negative where the map is cropped
+    d: int | None
+    n_in: int  # size of the map
+    n_out: int
+    j_in: int  # jump: pixels from one unit to the next
     j_out: int
-    r_in: int  # receptive field of one unit
+    r_in: int  # receptive field of a unit
     r_out: int
-    P_in: int  # accumulated padding: by how far the first unit's receptive field reaches past the image's edge
+    P_in: int  # accumulated padding: how far the first unit's receptive field reaches past the image's edge
     P_out: int
 
 
 class View(NamedTuple):
-    """What the units of a feature map see along one axis."""
+    """What the units of a map see along one axis."""
 
     axis: Axis
-    seen: Tensor  # (n_out, image size) bool: the pixels without padding and without the gaps of dilation
+    seen: Tensor  # (n_out, image size) bool: the pixels, without padding and the gaps of dilation
 
 
 class FeatureMap(NamedTuple):
-    """A feature map in a tensor: where it lies there, and what its units see along height and width."""
+    """A map in a tensor: where it lies there, and what its units see along height and width."""
 
-    layout: Layout
+    place: Place
     views: tuple[View, View]
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> Size:
         """Rows and columns."""
         return self.views[0].axis.n_out, self.views[1].axis.n_out
 
 
-def image_map(height: int, width: int) -> FeatureMap:
-    """Return the map of images (N, 1, height, width), where each unit is a pixel that sees itself."""
-    views = [View(Axis(1, 1, 0, 1, n, n, 1, 1, 1, 1, 0, 0), torch.eye(n) > 0) for n in (height, width)]
-    return FeatureMap((2, 3), tuple(views))
+def image_map(size: Size) -> FeatureMap:
+    """Return the map of images (N, 1, *size), where each unit is a pixel and sees itself."""
+    height, width = (View(Axis(1, 1, 0, 1, n, n, 1, 1, 1, 1, 0, 0), torch.eye(n) > 0) for n in size)
+    return FeatureMap((2, 3), (height, width))
 
 
 def slide(view: View, window: Window, n_out: int) -> View:
@@ -85,68 +83,67 @@ def slide(view: View, window: Window, n_out: int) -> View:
     k, s, p, d = window
     n, j, r, padding = view.axis.n_out, view.axis.j_out, view.axis.r_out, view.axis.P_out
     axis = Axis(k, s, p, d, n, n_out, j, j * s, r, r + d * (k - 1) * j, padding, padding + p * j)
-    return View(axis, (taps(window, n_out, n).float() @ view.seen.float()) > 0)
+    return View(axis, (reads_of(window, n_out, n).float() @ view.seen.float()) > 0)
 
 
 def meet(before: list[View], after: list[View]) -> View:
-    """Combine branches, each given before and after the call that joins them: a unit sees what it sees in any."""
-    if all(view.axis == after[0].axis and view.seen.equal(after[0].seen) for view in after):
+    """Join branches, given before and after the call that joins them: a unit sees what it sees in any of them."""
+    seen = torch.stack([view.seen for view in after])
+    axes = [view.axis for view in after]
+    if all(axis == axes[0] for axis in axes) and (seen == seen[0]).all():
         return after[0]
-    seen = torch.stack([view.seen for view in after]).any(0)
-    jumps = {view.axis.j_out for view in after}
-    if len(jumps) > 1 and not (seen == seen[0]).all():
-        raise CannotFollowError(f"branches with jumps {' and '.join(map(str, sorted(jumps)))} meet")
-    if not torch.stack([view.seen.any(1) for view in after]).all(0).any():
+    if not seen.any(2).all(0).any():
         raise CannotFollowError("it puts maps side by side")
-    n, j = len(seen), jumps.pop() if len(jumps) == 1 else 0
-    first = min(-view.axis.P_out for view in after)
-    end = max(view.axis.r_out - view.axis.P_out + (n - 1) * (view.axis.j_out - j) for view in after)
+    seen, jumps = seen.any(0), sorted({axis.j_out for axis in axes})
+    if len(jumps) > 1 and not (seen == seen[0]).all():
+        raise CannotFollowError(f"branches with jumps {' and '.join(map(str, jumps))} meet")
+    n, j = len(seen), jumps[0] if len(jumps) == 1 else 0
+    padding = max(axis.P_out for axis in axes)
+    end = max(axis.r_out - axis.P_out + (n - 1) * (axis.j_out - j) for axis in axes)
     widest = max((view.axis for view in before), key=lambda axis: axis.n_out)
-    r_in, padding_in = (max(getattr(view.axis, key) for view in before) for key in ("r_out", "P_out"))
-    axis = Axis(None, None, None, None, widest.n_out, n, widest.j_out, j, r_in, end - first, padding_in, -first)
-    return View(axis, seen)
+    r_in, padding_in = (max(getattr(view.axis, name) for view in before) for name in ("r_out", "P_out"))
+    return View(
+        Axis(None, None, None, None, widest.n_out, n, widest.j_out, j, r_in, end + padding, padding_in, padding), seen
+    )
 
 
 # Windows
 
 
-def taps(window: Window, n_out: int, n_in: int) -> Tensor:
-    """Return which units a window reads at each place, (n_out, n_in) bool."""
+def reads_of(window: Window, n_out: int, n_in: int) -> Tensor:
+    """Return which of n_in units a window reads at each of its n_out places, (n_out, n_in) bool."""
     k, s, p, d = window
-    offset = torch.arange(n_in) + p - s * torch.arange(n_out)[:, None]  # from the window's first unit
+    offset = torch.arange(n_in) + p - s * torch.arange(n_out)[:, None]  # from the first unit of the window
     return (offset >= 0) & (offset <= d * (k - 1)) & (offset % d == 0)
 
 
 def fit_window(reads: Tensor, probed: Tensor, n_in: int) -> Window | None:
     """Return a window that reads, of the units `probed`, those in `reads` (n_out, len(probed)), or None."""
-    fullest = int(reads.sum(1).argmax())  # a place where the window does not reach into the padding
-    units = probed[reads[fullest]]
-    first, last = int(units[0]), int(units[-1])
+    counts = reads.sum(1)
+    place = int(counts.argmax())  # where the whole window is in the map
+    units = probed[reads[place]]
     d = int(units.diff().min()) if len(units) > 1 else 1
-    k = (last - first) // d + 1
-    whole = int((reads.sum(1) == len(units)).sum())  # the places where all of it is read
-    for s in [k] if len(reads) == 1 else range(n_in + 1) if whole > 1 else ():
-        window = (k, s, fullest * s - first, d)
-        if taps(window, len(reads), n_in)[:, probed].equal(reads):
-            return window
-    return None
+    k = int(units[-1] - units[0]) // d + 1
+    # The stride shows between two whole windows. A single one is that of a running sum, say, and tells no stride.
+    strides = [k] if len(reads) == 1 else range(n_in + 1) if (counts == counts[place]).sum() > 1 else []
+    windows = [(k, s, place * s - int(units[0]), d) for s in strides]
+    return next((w for w in windows if reads_of(w, len(reads), n_in)[:, probed].equal(reads)), None)
 
 
-def declared_windows(func: Callable, args: tuple, kwargs: dict) -> list[Window] | None:
+def declared_windows(call: "Call") -> list[Window] | None:
     """Return the windows along height and width that a convolution or a pooling is called with, None for others."""
-    names = {
-        "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation"),
-        "max_pool2d": ("input", "kernel_size", "stride", "padding", "dilation"),
-        "avg_pool2d": ("input", "kernel_size", "stride", "padding"),
-    }.get(getattr(func, "__name__", "").lstrip("_").removesuffix("_with_indices"))
-    if names is None:
+    pooling = ("input", "kernel_size", "stride", "padding")
+    convolution = ("input", "weight", "bias", "stride", "padding", "dilation")
+    names = {"conv2d": convolution, "max_pool2d": (*pooling, "dilation"), "avg_pool2d": pooling}
+    function = getattr(call.func, "__name__", "").lstrip("_").removesuffix("_with_indices")
+    if function not in names:
         return None
-    given = dict(zip(names, args, strict=False)) | kwargs
-    kernel = given["weight"].shape[2:] if "weight" in given else given["kernel_size"]
-    stride = given.get("stride") or (1 if "weight" in given else kernel)
-    settings = kernel, stride, given.get("padding", 0), given.get("dilation", 1)
+    given = {"padding": 0, "dilation": 1} | dict(zip(names[function], call.args, strict=False)) | call.kwargs
+    kernel = given["weight"].shape[2:] if function == "conv2d" else given["kernel_size"]
+    stride = given.get("stride") or (1 if function == "conv2d" else kernel)
     windows = []
     for axis in (0, 1):
+        settings = kernel, stride, given["padding"], given["dilation"]
         k, s, p, d = (v[axis % len(v)] if isinstance(v, list | tuple) else v for v in settings)
         windows.append((k, s, {"valid": 0, "same": d * (k - 1) // 2}.get(p, p), d))
     return windows
@@ -155,8 +152,8 @@ def declared_windows(func: Callable, args: tuple, kwargs: dict) -> list[Window] 
 # What a replay shows
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: object) -> object:
-    """Return a copy of a value in which function(tensor) stands for each tensor that lists, dicts and the like hold."""
+def map_tensors(function: Callable[[Tensor], object], value: object) -> object:
+    """Return a copy of a value with function(tensor) for each tensor that is in its lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -171,14 +168,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: object) -> object:
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """Return the tensors that `map_tensors` replaces."""
+    """Return the tensors that `map_tensors` finds."""
     found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor), value)
+    map_tensors(found.append, value)
     return found
 
 
+def results_of(output: object, given: list[Tensor], versions: list[int]) -> list[Tensor]:
+    """Return the tensors that a call returned, then those given to it that it changed in place."""
+    changed = [tensor for tensor, before in zip(given, versions, strict=True) if tensor._version != before]
+    return list({id(tensor): tensor for tensor in [*tensors_in(output), *changed]}.values())
+
+
 class Call(NamedTuple):
-    """A call to repeat; dtype is that of the floating tensors in a replay: float64, where no fast algorithm spreads NaN."""
+    """A call to repeat, with floating tensors of a dtype: in float64 no fast algorithm spreads a NaN."""
 
     func: Callable
     args: tuple
@@ -186,7 +189,7 @@ class Call(NamedTuple):
     dtype: torch.dtype = torch.float64
 
     def replay(self, replaced: dict[int, Tensor]) -> list[Tensor]:
-        """Repeat the call on copies of its tensors, or of those that `replaced` names by id; return `results`."""
+        """Return the results on copies of the arguments, or of the tensors that replace them, by the ids of those."""
         copies: list[Tensor] = []
 
         def copy_of(tensor: Tensor) -> Tensor:
@@ -198,169 +201,152 @@ class Call(NamedTuple):
         args, kwargs = map_tensors(copy_of, (self.args, self.kwargs))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return results(self.func(*args, **kwargs), copies, [0] * len(copies))
+            return results_of(self.func(*args, **kwargs), copies, [0] * len(copies))
 
 
-def results(output: object, given: list[Tensor], versions: list[int]) -> list[Tensor]:
-    """Return the tensors that a call returned, then those given to it that it changed in place."""
-    changed = [tensor for tensor, before in zip(given, versions, strict=True) if version(tensor) != before]
-    return list({id(tensor): tensor for tensor in [*tensors_in(output), *changed]}.values())
+def as_map(tensor: Tensor, place: Place, size: Size) -> Tensor:
+    """Return a view (N, rows, columns, the rest) of a tensor.
 
-
-def version(tensor: Tensor) -> int:
-    """Return a number that grows with each change in place."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def as_map(tensor: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
-    """Return a view (N, rows, columns, the rest) of a tensor that holds a map."""
-    row, column = layout
-    if row == column:  # one axis of rows * columns, maybe behind the channels
+    An axis of -2 or -1 means a single row or column; twice the same axis means that it holds rows * columns units,
+    behind the channels if it is longer.
+    """
+    row, column = place
+    if row == column:
         tensor, row, column = tensor.unflatten(row, (-1, *size)), row + 1, row + 2
     return tensor[..., None, None].movedim((row, column), (1, 2))
 
 
-def possible_maps(shape: torch.Size, source: FeatureMap) -> list[tuple[Layout, tuple[int, int]]]:
-    """Return where in a tensor (N, ...) a map that comes from `source` may lie, and its size, likelier ones first."""
-    axes = range(1, len(shape))
+def possible_maps(shape: torch.Size, source: FeatureMap) -> list[tuple[Place, Size]]:
+    """Return where in a tensor (N, ...) a map made from `source` may lie, and its size, likelier ones first."""
+    axes, units = range(1, len(shape)), math.prod(source.size)
+    flat = [(a, a) for a in axes if shape[a] == units or (len(axes) == 1 and shape[a] % units == 0)]
     pairs = [(row, column) for column in reversed(axes) for row in reversed(axes) if row < column]
-    flat = [(axis, axis) for axis in axes if shape[axis] == math.prod(source.size)]
-    if len(axes) == 1 and shape[1] % math.prod(source.size) == 0:
-        flat = [(1, 1)]
     one_unit, lines = (-2, -1), [line for axis in axes for line in ((axis, -1), (-2, axis))]
-    own = [layout for layout in (*pairs, *flat, one_unit, *lines) if layout == source.layout]
-    size = {layout: tuple(shape[axis] if axis > 0 else 1 for axis in layout) for layout in (*pairs, one_unit, *lines)}
+    size = {place: tuple(shape[axis] if axis > 0 else 1 for axis in place) for place in [*pairs, one_unit, *lines]}
     size |= dict.fromkeys(flat, source.size)
-    order = [one_unit, *flat, *lines]
-    if len(axes) > 1:
-        order = [layout for layout in (*own, *pairs, *flat) if size[layout] == source.size]
-        order += [*own, one_unit, *pairs, *lines]
-    return [(layout, size[layout]) for layout in order]
-
-
-def probed_units(n: int) -> Tensor:
-    """Return which of n rows or columns are probed: all, or of more than 64 the first, the middle and the last 16."""
-    return torch.arange(n) if n <= 64 else torch.cat([torch.arange(16) + at for at in (0, n // 2 - 8, n - 16)])
+    own = [source.place] if source.place in size else []
+    order = [place for place in [*own, *pairs, *flat] if size[place] == source.size]
+    order = [*order, *own, one_unit, *pairs, *lines] if pairs else [one_unit, *flat, *lines]
+    return [(place, size[place]) for place in order]
 
 
 class Picture(NamedTuple):
-    """Which numbers of a result change with each probed row, then column, of the map that goes in."""
+    """What changes in a result with each probed row, then column, of the map that goes in."""
 
+    source: FeatureMap
+    probed: tuple[Tensor, Tensor]  # the rows and the columns
     changed: Tensor  # (rows and columns probed, *shape of one image's result) bool
-    rows: Tensor  # the rows probed
-    columns: Tensor
-    full: bool  # whether NaN alone, which comes out as NaN, shows all of it
+    by_nan: bool  # whether NaN alone, coming out as NaN, shows all of it
 
-    def read(self, layout: Layout, size: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-        """Return which rows depend on which (n_out, probed), and which columns; None where that is not the picture."""
-        numbers = as_map(self.changed, layout, size)
-        numbers = numbers.reshape(*numbers.shape[:3], -1)
-        units, cut = numbers.any(3), len(self.rows)
-        rows, columns, alive = units[:cut].any(2).T, units[cut:].any(1).T, units.any(0)
-        product = [rows.T[:, :, None] & alive.any(0), columns.T[:, None, :] & alive.any(1)[:, None]]
-        if not units.equal(torch.cat(product)):
+    def read(self, place: Place, size: Size) -> tuple[Tensor, Tensor] | None:
+        """Return which rows depend on which, (rows, probed), and which columns; None if the picture is no such map."""
+        numbers = as_map(self.changed, place, size)
+        numbers = numbers.reshape(*numbers.shape[:3], -1).split([len(units) for units in self.probed])
+        by_row, by_column = (part.any(3) for part in numbers)
+        rows, columns = by_row.any(2).T, by_column.any(1).T
+        alive = by_row.any(0) | by_column.any(0)
+        if not by_row.equal(rows.T[:, :, None] & alive.any(0)):
             return None
-        # Numbers of one unit may see different parts of what it sees, but not if all units see the same: then a part
-        # of the map lies where the layout has channels.
-        for seen, part in ((rows, numbers[:cut]), (columns, numbers[cut:])):
-            if (seen == seen[:1]).all() and not part.equal(
-                part.any(3).any(2).any(1)[:, None, None, None] & numbers.any(0)
-            ):
+        if not by_column.equal(columns.T[:, None, :] & alive.any(1)[:, None]):
+            return None
+        # The numbers of a unit may see different parts of what the unit sees, as after pixel_unshuffle; but where all
+        # units see the same, they must see all of it. Else rows or columns lie where this place has channels.
+        used = numbers[0].any(0) | numbers[1].any(0)
+        for reads, part in ((rows, numbers[0]), (columns, numbers[1])):
+            if (reads == reads[0]).all() and not part.equal(reads[0][:, None, None, None] & used):
                 return None
         return rows, columns
 
 
-def take_pictures(call: Call, source: Tensor, feature_map: FeatureMap) -> list[Picture | str]:
+def take_pictures(call: Call, source: Tensor, source_map: FeatureMap) -> list[Picture | str]:
     """Repeat a call with probes in one of its arguments; return a picture of each result, or why there is none.
 
-    Each image has its own probe, the last one none: it shows whether images are mixed. Where NaN does not come out
-    as NaN, other values are tried, too; what a choice hides shows when the choice is inverted.
+    All rows and columns are probed; of more than 36 the first, middle and last 12. Each image has one probe, but the
+    last has none, so that it shows where images are mixed. Where NaN does not come out as NaN, other values are tried,
+    too; and what a choice between two tensors hides shows when the choice is inverted.
     """
-    rows, columns = map(probed_units, feature_map.size)
-    probes = [(0, row) for row in rows.tolist()] + [(1, column) for column in columns.tolist()]
-    choices = [
-        tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.dtype == torch.bool and tensor is not source
-    ]
+    some = [torch.cat([torch.arange(12) + start for start in (0, n // 2 - 6, n - 12)]) for n in source_map.size]
+    probed = tuple(torch.arange(n) if n <= 36 else units for n, units in zip(source_map.size, some, strict=True))
+    probes = [(axis, unit) for axis in (0, 1) for unit in probed[axis].tolist()]
+    given = tensors_in((call.args, call.kwargs))
+    choices = {id(tensor): ~tensor for tensor in given if tensor.dtype == torch.bool and tensor is not source}
     pictures: list[Picture | str] = []
-    for way, value in enumerate((torch.nan, 1e4, -1e4, torch.nan)):
-        given = {id(tensor): ~tensor for tensor in choices if way == 3}
-        plain = call.replay(given)
-        if way == 0:
+    for attempt, value in enumerate((torch.nan, 1e4, -1e4, torch.nan)):
+        replaced = choices if attempt == 3 else {}
+        plain = call.replay(replaced)
+        if not attempt:
             for result in plain:
-                shown = torch.zeros(len(probes), *result.shape[1:]) > 0
-                one_each = result.dim() and len(result) == len(source)
-                pictures.append(Picture(shown, rows, columns, not choices) if one_each else FOLDED)
-        other = torch.full_like(source, value) if source.is_floating_point() else source.roll(1 + way, 0)
-        other = ~source if source.dtype == torch.bool else other
-        for some in torch.arange(len(probes)).split(len(source) - 1):
-            mask = torch.zeros(source.shape) > 0
-            for image, probe in enumerate(some.tolist()):
-                as_map(mask, feature_map.layout, feature_map.size)[image].select(*probes[probe]).fill_(True)
-            probed = call.replay(given | {id(source): torch.where(mask, other, source)})
-            for index, (result, base) in enumerate(zip(probed, plain, strict=True)):
+                is_batch = result.dim() and len(result) == len(source)
+                changed = torch.zeros(len(probes), *result.shape[1:]) > 0
+                picture = Picture(source_map, probed, changed, not choices)
+                pictures.append(picture if is_batch else "it folds the batch into something else")
+        other = source.roll(1 + attempt, 0) if source.dtype != torch.bool else ~source
+        other = torch.full_like(source, value) if source.is_floating_point() else other
+        for numbers in torch.arange(len(probes)).split(len(source) - 1):
+            hidden = torch.zeros(source.shape) > 0
+            for image, number in enumerate(numbers.tolist()):
+                as_map(hidden, source_map.place, source_map.size)[image].select(*probes[number]).fill_(True)
+            shown = call.replay(replaced | {id(source): torch.where(hidden, other, source)})
+            for index, (result, base) in enumerate(zip(shown, plain, strict=True)):
                 if isinstance(pictures[index], Picture):
                     differs = (result != base) & (base == base)
-                    pictures[index].changed[some] |= differs[: len(some)]
-                    if differs[-1].any():
+                    pictures[index].changed[numbers] |= differs[: len(numbers)]
+                    if differs[len(numbers) :].any():
                         pictures[index] = "it mixes the images of a batch"
-                    elif not (result[differs] != result[differs]).all():
-                        pictures[index] = pictures[index]._replace(full=False)
-        if all(isinstance(picture, str) or (picture.full and picture.changed.any()) for picture in pictures):
+                    elif (result == result)[differs].any():
+                        pictures[index] = pictures[index]._replace(by_nan=False)
+        if all(isinstance(picture, str) or (picture.by_nan and picture.changed.any()) for picture in pictures):
             break
     return pictures
 
 
 def follow_call(call: Call, sources: list[tuple[Tensor, FeatureMap]]) -> tuple[list[FeatureMap | str | None], bool]:
-    """Return the map in each result of a call, given the tensors among its arguments that hold maps.
+    """Return the map in each result of a call, from the maps in its arguments, and whether NaN passes it.
 
-    A result that does not depend on these has None, one that cannot be followed the reason. The second value tells
-    whether NaN passes the call. Raises WindowMismatchError.
+    A result that cannot be followed has the reason instead, one that does not depend on these arguments has None.
+    Raises WindowMismatchError.
     """
     taken = [take_pictures(call, tensor, feature_map) for tensor, feature_map in sources]
-    outcome, passes = [], True
-    for pictures in zip(*taken, strict=True):
-        reasons = [picture for picture in pictures if isinstance(picture, str)]
-        if reasons:
-            outcome.append(reasons[0])
-            continue
-        found = [
-            (feature_map, tensor.dim(), picture)
-            for (tensor, feature_map), picture in zip(sources, pictures, strict=True)
-            if picture.changed.any()
-        ]
-        passes &= all(picture.full for *_, picture in found)
+    found: list[FeatureMap | str | None] = []
+    passed = True
+    for of_result in zip(*taken, strict=True):
+        reasons = [picture for picture in of_result if isinstance(picture, str)]
+        pictures = [picture for picture in of_result if isinstance(picture, Picture) and picture.changed.any()]
+        passed &= all(picture.by_nan for picture in pictures)
         try:
-            outcome.append(find_map(call, found) if found else None)
+            found.append(reasons[0] if reasons else find_map(call, pictures) if pictures else None)
         except CannotFollowError as reason:
-            outcome.append(str(reason))
-    return outcome, passes
+            found.append(str(reason))
+    return found, passed
 
 
-def find_map(call: Call, found: list[tuple[FeatureMap, int, Picture]]) -> FeatureMap:
-    """Return the map that all pictures of a result agree on; raises CannotFollowError."""
-    declared = declared_windows(call.func, call.args, call.kwargs) if len(found) == 1 else None
-    shape = found[0][2].changed.shape
-    for source, _, _ in found:
-        for layout, size in possible_maps(shape, source):
-            matrices = [picture.read(layout, size) for *_, picture in found]
-            if None in matrices:
-                continue
-            views = []
-            for axis in (0, 1):
-                before, after = [feature_map.views[axis] for feature_map, *_ in found], []
-                for view, (_, _, picture), reads in zip(before, found, matrices, strict=True):
-                    probed, reads = (picture.rows, picture.columns)[axis], reads[axis]
-                    window = fit_window(reads, probed, view.axis.n_out)
-                    if declared and source.layout == layout == (len(shape) - 2, len(shape) - 1):
-                        window = declared[axis]
-                        if not taps(window, size[axis], view.axis.n_out)[:, probed].equal(reads):
-                            raise WindowMismatchError(f"{window}")
-                    elif window is None:
-                        break
-                    unchanged = window == IDENTITY and size[axis] == view.axis.n_out and not declared
-                    after.append(view if unchanged else slide(view, window, size[axis]))
-                if len(after) == len(before):
-                    views.append(meet(before, after))
-            if len(views) == 2:
-                return FeatureMap(layout, tuple(views))
+def find_map(call: Call, pictures: list[Picture]) -> FeatureMap:
+    """Return the map in a result that all pictures of it agree on."""
+    shape = pictures[0].changed.shape
+    declared = declared_windows(call) if len(pictures) == 1 and pictures[0].by_nan else None
+    for place, size in [guess for picture in pictures for guess in possible_maps(shape, picture.source)]:
+        found = [picture.read(place, size) for picture in pictures]
+        if None in found:
+            continue
+        in_order = pictures[0].source.place == place == (len(shape) - 2, len(shape) - 1)
+        windows = declared if declared and in_order else (None, None)
+        views = []
+        for axis in (0, 1):
+            before = [picture.source.views[axis] for picture in pictures]
+            probed = [picture.probed[axis] for picture in pictures]
+            reads = [both[axis] for both in found]
+            after = [carry(*branch, windows[axis]) for branch in zip(before, reads, probed, strict=True)]
+            views += [] if None in after else [meet(before, after)]
+        if len(views) == 2:
+            return FeatureMap(place, tuple(views))
     raise CannotFollowError("no window explains which rows and columns it reads")
+
+
+def carry(view: View, reads: Tensor, probed: Tensor, declared: Window | None) -> View | None:
+    """Return what the units see after a call that reads, of the units `probed`, those in `reads` (n_out, probed)."""
+    n_in, n_out = view.axis.n_out, len(reads)
+    window = declared or fit_window(reads, probed, n_in)
+    if declared and not reads_of(declared, n_out, n_in)[:, probed].equal(reads):
+        raise WindowMismatchError(f"it does not read what a window k, s, p, d = {declared} reads")
+    changes_nothing = not declared and window == (1, 1, 0, 1) and n_out == n_in
+    return None if window is None else view if changes_nothing else slide(view, window, n_out)
