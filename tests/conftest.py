@@ -1,7 +1,9 @@
 """What the tests share: a tiny MNIST, the real one where there is one, and scripts run as a user would."""
 
+import contextlib
 import gzip
 import hashlib
+import io
 import os
 import struct
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from torch import Tensor
 
 import download_mnist
+import train_test_mnist
 
 ROOT = Path(__file__).parent.parent
 REAL_SOURCES = (ROOT / "data" / "MNIST" / "raw", ROOT.parent / "shared" / "mnist")
@@ -98,6 +101,20 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_files: dict[str, by
     for name, data in tiny_files.items():
         (raw / name).write_bytes(data)
     return data_dir
+
+
+@pytest.fixture
+def train(tiny_mnist: None, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Return a function that trains in this process on the tiny data set and returns the standard output."""
+
+    def train(folder: Path, *options: object) -> str:
+        command = ["train_test_mnist.py", "--data-dir", tiny_data, "--checkpoint-dir", folder, "--device", "cpu"]
+        monkeypatch.setattr("sys.argv", [*map(str, [*command, *options])])
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            train_test_mnist.main()
+        return output.getvalue()
+
+    return train
 
 
 @pytest.fixture(scope="session")
