@@ -160,8 +160,7 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, veri
         if not failure:
             try_backward(model, batches[0])
         model.cpu().eval()
-        # An image for each row and column to probe, or fewer if they are large, and one more that is not probed
-        images = torch.rand(min(sum(input_size), max(4, 2**17 // math.prod(input_size))) + 1, 1, *input_size)
+        images = torch.rand(13 if math.prod(input_size) < 2**14 else 3, 1, *input_size)  # one more than probes in a replay
         with torch.no_grad():
             rehearsals = [FieldRun(model, images).arguments for _ in range(3)]
             torch.manual_seed(0)  # as in replays
@@ -511,7 +510,7 @@ def check_fields(fields: FieldRun) -> Check:
         call = Call(partial(units_of_modules, fields.twin[""], fields.returned), (fields.images,), {})
         if any(units.isnan().any() for units in call.replay({})):
             raise CannotFollowError("there is NaN without NaN in the images")
-        pictures = take_pictures(call, fields.images, image_map(fields.images.shape[2:]))
+        pictures = take_pictures(call, fields.images, image_map(fields.images.shape[2:]), run=2)
     except Exception as error:  # whatever a user's forward raises
         return Check("receptive field", None, first_line(error))
     wrong = [

@@ -258,15 +258,15 @@ class Picture(NamedTuple):
         return rows, columns
 
 
-def take_pictures(call: Call, source: Tensor, source_map: FeatureMap) -> list[Picture | str]:
+def take_pictures(call: Call, source: Tensor, source_map: FeatureMap, run: int) -> list[Picture | str]:
     """Repeat a call with probes in one of its arguments; return a picture of each result, or why there is none.
 
-    All rows and columns are probed; of more than 36 the first, middle and last 12. Each image has one probe, but the
-    last has none, so that it shows where images are mixed. Where NaN does not come out as NaN, other values are tried,
-    too; and what a choice between two tensors hides shows when the choice is inverted.
+    Of more than 3 * run rows or columns only the first, the middle and the last run are probed. Each image has one
+    probe, but the last has none, so that it shows where images are mixed. Where NaN does not come out as NaN, other
+    values are tried, too; and what a choice between two tensors hides shows when the choice is inverted.
     """
-    some = [torch.cat([torch.arange(12) + start for start in (0, n // 2 - 6, n - 12)]) for n in source_map.size]
-    probed = tuple(torch.arange(n) if n <= 36 else units for n, units in zip(source_map.size, some, strict=True))
+    some = [torch.cat([torch.arange(run) + start for start in (0, n // 2, n - run)]) for n in source_map.size]
+    probed = tuple(torch.arange(n) if n <= 3 * run else s for n, s in zip(source_map.size, some, strict=True))
     probes = [(axis, unit) for axis in (0, 1) for unit in probed[axis].tolist()]
     given = tensors_in((call.args, call.kwargs))
     choices = {id(tensor): ~tensor for tensor in given if tensor.dtype == torch.bool and tensor is not source}
@@ -306,7 +306,11 @@ def follow_call(call: Call, sources: list[tuple[Tensor, FeatureMap]]) -> tuple[l
     A result that cannot be followed has the reason instead, one that does not depend on these arguments has None.
     Raises WindowMismatchError.
     """
-    taken = [take_pictures(call, tensor, feature_map) for tensor, feature_map in sources]
+    taken = []
+    for tensor, feature_map in sources:
+        run = 10 if math.prod(feature_map.size) < 2**14 else 4
+        run = 2 if declared_windows(call) else run  # a window that is known is only compared
+        taken.append(take_pictures(call, tensor, feature_map, run))
     found: list[FeatureMap | str | None] = []
     passed = True
     for of_result in zip(*taken, strict=True):
