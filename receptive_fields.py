@@ -265,7 +265,7 @@ def take_pictures(call: Call, source: Tensor, source_map: FeatureMap, run: int) 
     probe, but the last has none, so that it shows where images are mixed. Where NaN does not come out as NaN, other
     values are tried, too; and what a choice between two tensors hides shows when the choice is inverted.
     """
-    some = [torch.cat([torch.arange(run) + start for start in (0, n // 2, n - run)]) for n in source_map.size]
+    some = [torch.cat([torch.arange(run) + start for start in (0, (n - run) // 2, n - run)]) for n in source_map.size]
     probed = tuple(torch.arange(n) if n <= 3 * run else s for n, s in zip(source_map.size, some, strict=True))
     probes = [(axis, unit) for axis in (0, 1) for unit in probed[axis].tolist()]
     given = tensors_in((call.args, call.kwargs))
