@@ -503,7 +503,7 @@ def run_checks(model: nn.Module, lines: list[Layer], runs: list[Measurement], fi
 
 def check_fields(fields: FieldRun) -> Check:
     """Probe the whole model with NaN in rows and columns of pixels: units must see what the table says."""
-    followed = [(name, known) for name, known in fields.returned if isinstance(known, FeatureMap)]
+    followed = [(name or fields.lines[0].name, known) for name, known in fields.returned if isinstance(known, FeatureMap)]
     try:
         if fields.failure or not followed:
             raise CannotFollowError(fields.failure or "no module's output is followed")
@@ -559,14 +559,14 @@ def agrees(known: FeatureMap, picture: Picture | str, nan_passes: bool) -> bool:
 
 
 def is_consistent(view: View) -> bool:
-    """Tell whether jump, receptive field and accumulated padding say what the units see."""
+    """Tell whether jump, receptive field and accumulated padding say what the units see, and no more."""
     first = torch.arange(view.axis.n_out) * view.axis.j_out - view.axis.P_out
     last = first + view.axis.r_out - 1
     pixels = torch.arange(view.seen.shape[1])
     outside = (pixels < first[:, None]) | (pixels > last[:, None])
-    inner = (first >= 0) & (last < len(pixels))  # units whose whole receptive field lies in the image
+    inner = (first >= 0) & (last < len(pixels))  # of these, those that read no padding see both ends
     ends = view.seen[inner].gather(1, torch.stack([first, last], dim=1)[inner])
-    return bool(ends.all() and not (view.seen & outside).any())
+    return bool((ends.all(1).any() or not len(ends)) and not (view.seen & outside).any())
 
 
 def verdict(name: str, wrong: list[str], finding: str) -> Check:

@@ -178,7 +178,7 @@ FOLLOWED: dict[str, tuple[nn.Module, int | tuple[int, int]]] = {
     "F.pad": (between(lambda x: F.pad(x, (0, 1, 2, 3))), 5),
     "ZeroPad2d": (Sequential(nn.ZeroPad2d((1, 0, 1, 2)), Conv2d(1, 2, 3)), 3),
     "expand": (between(lambda x: x[:, :1].expand(-1, 3, -1, -1), after=3), 5),
-    "gate by indexing with None": (between(lambda x: x * x.mean((2, 3))[:, :, None, None]), 32),
+    "gate by indexing with None": (between(lambda x: x * x.mean((2, 3))[:, :, None, None]), 30),
     "unflatten": (between(lambda x: x.flatten(2).unflatten(2, (28, 28))), 5),
     "where": (between(lambda x: torch.where(x > 0, x, torch.zeros(()))), 5),
     "masked_fill": (between(lambda x: x.masked_fill(x < 0, 0), 1, 1), 5),
@@ -246,7 +246,7 @@ FOLLOWED: dict[str, tuple[nn.Module, int | tuple[int, int]]] = {
     "fixed kernel": (Net(lambda net, x: F.conv2d(x, torch.ones(1, 1, 3, 3))), 3),
     "stochastic depth": (Net(stochastic_depth, a=conv(1, 1)), 3),
     "assertions": (Net(check_no_nan, a=conv()), 3),
-    "integers": (between(lambda x: x.long().float()), 5),
+    "integers": (between(lambda x: (255 * x).long().float()), 5),
     "shared": (Sequential(Conv2d(1, 2, 3), *[Conv2d(2, 2, 3)] * 2), 7),
 }
 # What cannot be followed, and a part of the reason
