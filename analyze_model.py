@@ -160,12 +160,14 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, veri
         if not failure:
             try_backward(model, batches[0])
         model.cpu().eval()
-        images = torch.rand(13 if math.prod(input_size) < 2**14 else 3, 1, *input_size)  # one more than probes in a replay
+        images = torch.rand(
+            13 if math.prod(input_size) < 2**14 else 3, 1, *input_size
+        )  # one more than probes in a replay
         with torch.no_grad():
             rehearsals = [FieldRun(model, images).arguments for _ in range(3)]
             torch.manual_seed(0)  # as in replays
             fields = FieldRun(model, images, twin, rehearsals)
-            lines = complete_lines(fields.lines, model, runs, batch_size)
+            lines = complete_lines(fields, model, runs, batch_size)
             checks = run_checks(model, lines, runs, fields) if verify and not failure else []
     totals = {
         "weight": sum(line.weight for line in lines),
@@ -314,6 +316,7 @@ class FieldRun(TorchFunctionMode):
         self.mismatches: list[str] = []  # lines that do not read what their window says
         self.returned: list[tuple[str, FeatureMap | str | None]] = []  # by each module
         self.nan_passes = True
+        self.used: set[int] = set()  # ids of all that took part in a call
         self.failure: str | None = None
         # What comes from the images: its map, or why that is not known. Tensors are held, so that no id is used twice.
         self.maps: dict[int, FeatureMap | str] = {id(images): image_map(images.shape[2:])}
@@ -363,6 +366,7 @@ class FieldRun(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
         """Make the call; follow it where something comes from the images, and give it a line outside torch's layers."""
         given, kwargs = tensors_in((args, kwargs)), kwargs or {}
+        self.used.update(map(id, given))
         if self.replaying or not self.running or not any(id(tensor) in self.maps for tensor in given):
             return func(*args, **kwargs)
         before = {id(tensor): tensor.detach() for tensor in given}  # in the shape that they have before the call
@@ -430,14 +434,16 @@ class FieldRun(TorchFunctionMode):
 # What the report adds up and checks
 
 
-def complete_lines(lines: list[Layer], model: nn.Module, runs: list[Measurement], batch_size: int) -> list[Layer]:
+def complete_lines(fields: FieldRun, model: nn.Module, runs: list[Measurement], batch_size: int) -> list[Layer]:
     """Add to the lines what was measured, and parameters and buffers, each where it comes first; and missing modules."""
     modules = {name or type(model).__name__: module for name, module in model.named_modules()}
-    listed = {line.name for line in lines}
+    lines, listed = fields.lines, {line.name for line in fields.lines}
     if not runs[-1].failure:
         for name, module in modules.items():
-            if name not in listed and (is_layer(module) or [*module.parameters(False), *module.buffers(False)]):
-                shape = runs[0].shapes.get((name, 1))  # it may run in training alone
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if name not in listed and (own or is_layer(module)):
+                # It may run in training alone, or another module may use what it has
+                shape = runs[0].shapes.get((name, 1), () if fields.used.intersection(map(id, own)) else None)
                 lines.append(Layer(name, 1, type(module).__name__, not is_layer(module), shape))
     calls, described = Counter(), set()
     for line in lines:
@@ -503,7 +509,9 @@ def run_checks(model: nn.Module, lines: list[Layer], runs: list[Measurement], fi
 
 def check_fields(fields: FieldRun) -> Check:
     """Probe the whole model with NaN in rows and columns of pixels: units must see what the table says."""
-    followed = [(name or fields.lines[0].name, known) for name, known in fields.returned if isinstance(known, FeatureMap)]
+    followed = [
+        (name or fields.lines[0].name, known) for name, known in fields.returned if isinstance(known, FeatureMap)
+    ]
     try:
         if fields.failure or not followed:
             raise CannotFollowError(fields.failure or "no module's output is followed")
@@ -730,7 +738,10 @@ def main() -> None:
         raise ScriptError(f"{args.image} is to show one model: give --model one name")
     if args.image:
         require_matplotlib()
-        images, _ = load_mnist(args.data_dir, train=False, device=torch.device("cpu"))
+        try:
+            images, _ = load_mnist(args.data_dir, train=False, device=torch.device("cpu"))
+        except OSError as error:
+            raise ScriptError(f"{args.data_dir} has no test set to draw a digit of: run download_mnist.py") from error
         digit = nn.functional.interpolate(images[:1], tuple(args.input_size))[0, 0]
     analyses, problems = {}, []
     for name in names:

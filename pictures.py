@@ -49,7 +49,7 @@ def draw_receptive_fields(path: Path, image: Tensor, blocks: dict[str, dict[str,
 
     figure = Figure(figsize=(2.4 * len(blocks), 2.8), layout="constrained")
     for axes, (name, field) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
-        axes.imshow(image, cmap="gray")
+        axes.imshow(image.numpy(), cmap="gray")
         corner = field["left"] - 0.5, field["top"] - 0.5  # a pixel's centre has its whole numbers
         axes.add_patch(Rectangle(corner, field["width"], field["height"], fill=False, color="red", linewidth=2))
         axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
