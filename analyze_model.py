@@ -160,14 +160,13 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, veri
         if not failure:
             try_backward(model, batches[0])
         model.cpu().eval()
-        images = torch.rand(
-            13 if math.prod(input_size) < 2**14 else 3, 1, *input_size
-        )  # one more than probes in a replay
+        n = 13 if math.prod(input_size) < 2**14 else 3  # one more than the probes in a replay: memory sets the limit
+        images = torch.rand(n, 1, *input_size)
         with torch.no_grad():
             rehearsals = [FieldRun(model, images).arguments for _ in range(3)]
             torch.manual_seed(0)  # as in replays
             fields = FieldRun(model, images, twin, rehearsals)
-            lines = complete_lines(fields, model, runs, batch_size)
+            lines, shared = complete_lines(fields, model, runs, batch_size)
             checks = run_checks(model, lines, runs, fields) if verify and not failure else []
     totals = {
         "weight": sum(line.weight for line in lines),
@@ -175,7 +174,7 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, veri
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "frozen": sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
-        "shared": count_shared(model, lines),
+        "shared": shared,
         "buffers": sum(buffer.numel() for buffer in model.buffers()),
         "macs": None if any(line.macs is None for line in lines) else sum(line.macs for line in lines),
         "kept": sum(line.kept for line in lines),
@@ -208,7 +207,7 @@ def describe_failure(name: str, images: Tensor, error: Exception) -> str:
 
 
 class Measurement:
-    """What a run in training mode costs: per call of a module, without the modules in it, `flops`, `kept`, `at work`."""
+    """What each call of a module costs in a run in training mode, without the modules in it: flops, bytes kept, at work."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.measured: dict[tuple[str, int], Counter] = defaultdict(Counter)  # by name and number of the call
@@ -434,45 +433,38 @@ class FieldRun(TorchFunctionMode):
 # What the report adds up and checks
 
 
-def complete_lines(fields: FieldRun, model: nn.Module, runs: list[Measurement], batch_size: int) -> list[Layer]:
-    """Add to the lines what was measured, and parameters and buffers, each where it comes first; and missing modules."""
+def complete_lines(
+    fields: FieldRun, model: nn.Module, runs: list[Measurement], batch_size: int
+) -> tuple[list[Layer], int]:
+    """Return the lines with what was measured, with parameters and buffers, each where it comes first, and with modules
+    never called; and how many parameters several layers share, or one that is called several times.
+    """
     modules = {name or type(model).__name__: module for name, module in model.named_modules()}
     lines, listed = fields.lines, {line.name for line in fields.lines}
-    if not runs[-1].failure:
-        for name, module in modules.items():
-            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            if name not in listed and (own or is_layer(module)):
-                # It may run in training alone, or another module may use what it has
-                shape = runs[0].shapes.get((name, 1), () if fields.used.intersection(map(id, own)) else None)
-                lines.append(Layer(name, 1, type(module).__name__, not is_layer(module), shape))
-    calls, described = Counter(), set()
-    for line in lines:
-        if line.name not in modules:
-            continue
+    for name, module in modules.items() if not runs[-1].failure else ():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if name not in listed and (own or is_layer(module)):
+            # It may run in training alone, or another module may use what it has
+            shape = runs[0].shapes.get((name, 1), () if fields.used.intersection(map(id, own)) else None)
+            lines.append(Layer(name, 1, type(module).__name__, not is_layer(module), shape))
+    calls, described, shared = Counter(), set(), set()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for line in [line for line in lines if line.name in modules]:
         calls[line.name] += 1
         key = (line.name if line.depth else "", calls[line.name])
         line.kept = extrapolate(runs, key, "kept", batch_size)
         line.macs = None if runs[0].measured[key]["uncounted"] else extrapolate(runs, key, "flops", 1) // 2
-        for name, parameter in modules[line.name].named_parameters(recurse=False):
-            if parameter not in described:
-                line.bias += parameter.numel() if "bias" in name else 0
-                line.weight += parameter.numel() if "bias" not in name else 0
-        line.buffers = sum(b.numel() for b in set(modules[line.name].buffers(recurse=False)) - described)
+        own = dict(modules[line.name].named_parameters(recurse=False))
+        shared.update(described.intersection(own.values()))
+        sizes = {name: parameter.numel() for name, parameter in own.items() if parameter not in described}
+        line.bias = sum(size for name, size in sizes.items() if "bias" in name)
+        line.weight = sum(sizes.values()) - line.bias
         line.parameters = line.weight + line.bias
-        described.update(modules[line.name].parameters(recurse=False), modules[line.name].buffers(recurse=False))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    for line in lines:
         line.share = round(100 * line.parameters / max(total, 1), 2)
-    return lines
-
-
-def count_shared(model: nn.Module, lines: list[Layer]) -> int:
-    """Return the parameters of layers that have them in common, or that are called several times."""
-    modules, lists = dict(model.named_modules()), Counter()
-    for line in lines:
-        if line.name in modules:
-            lists.update(set(modules[line.name].parameters(recurse=False)))
-    return sum(parameter.numel() for parameter, times in lists.items() if times > 1)
+        buffers = set(modules[line.name].buffers(recurse=False))
+        line.buffers = sum(buffer.numel() for buffer in buffers - described)
+        described.update(own.values(), buffers)
+    return lines, sum(parameter.numel() for parameter in shared)
 
 
 def add_up_memory(model: nn.Module, batch_size: int, size: tuple[int, int], kept: int, at_work: int) -> list[Memory]:
@@ -502,13 +494,16 @@ def run_checks(model: nn.Module, lines: list[Layer], runs: list[Measurement], fi
         verdict("MACs", miscounted, "torch's FLOP counter agrees with the formula for convolutions and linear layers")
         if FlopCounterMode
         else Check("MACs", None, "torch has its FLOP counter since version 2.1"),
-        verdict("windows", fields.mismatches, "replays show the windows that convolutions and poolings declare"),
+        verdict("windows", fields.mismatches, "convolutions and poolings read what they declare, as far as probed"),
         check_fields(fields),
     ]
 
 
 def check_fields(fields: FieldRun) -> Check:
     """Probe the whole model with NaN in rows and columns of pixels: units must see what the table says."""
+    size = fields.images.shape[2:]
+    run = 10 if math.prod(size) <= 2**10 else 2  # see `take_pictures`
+    which = "any" if max(size) <= 3 * run else f"the first, middle and last {run}"
     followed = [
         (name or fields.lines[0].name, known) for name, known in fields.returned if isinstance(known, FeatureMap)
     ]
@@ -518,17 +513,14 @@ def check_fields(fields: FieldRun) -> Check:
         call = Call(partial(units_of_modules, fields.twin[""], fields.returned), (fields.images,), {})
         if any(units.isnan().any() for units in call.replay({})):
             raise CannotFollowError("there is NaN without NaN in the images")
-        pictures = take_pictures(call, fields.images, image_map(fields.images.shape[2:]), run=2)
+        pictures = take_pictures(call, fields.images, image_map(size), run)
     except Exception as error:  # whatever a user's forward raises
         return Check("receptive field", None, first_line(error))
-    wrong = [
-        name
-        for (name, known), picture in zip(followed, pictures, strict=True)
-        if not agrees(known, picture, fields.nan_passes)
-    ]
+    passes = fields.nan_passes
+    wrong = [name for (name, known), seen in zip(followed, pictures, strict=True) if not agrees(known, seen, passes)]
     scope = f"after {len(followed)} of {len(fields.returned)} modules"
     return verdict(
-        "receptive field", wrong, f"{scope} a NaN in a row or column of pixels reaches the computed units only"
+        "receptive field", wrong, f"{scope} NaN in {which} rows or columns of pixels reaches the computed units"
     )
 
 
@@ -666,7 +658,9 @@ def format_fields(analysis: Analysis) -> list[str]:
             reasons.append(f"?            at {layer.name}: {layer.unknown}")
         elif not layer.fields and not layer.is_block and layer.followed:
             left_out.add(layer.name.split(".")[-1] if layer.type == "function" else layer.type)
-    note = [f"Left out, for they change none of these: {', '.join(sorted(left_out))}."] if left_out else []
+    sampled = "Of maps with more than 30 rows or columns, the first, middle and last 10 were probed; of large ones, 4."
+    note = [sampled] if max(analysis.input_size) > 30 else []
+    note += [f"Left out, for they change none of these: {', '.join(sorted(left_out))}."] if left_out else []
     return [format_table(rows, text_columns=2), FIELDS_LEGEND, *reasons, *note]
 
 

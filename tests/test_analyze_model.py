@@ -12,7 +12,6 @@ import pytest
 import torch
 import torchinfo
 import torchvision
-from conftest import run
 from PIL import Image
 from test_receptive_fields import Net, conv, last_field
 from torch import Tensor, nn
@@ -23,6 +22,19 @@ from analyze_model import analyze
 from checkpoints import save_checkpoint
 from models import build_model
 from utils import ScriptError
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Return a function that gives what the script prints with the given options."""
+
+    def run_main(*options: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["analyze_model.py", "--device", "cpu", *map(str, options)])
+        monkeypatch.setenv("COLUMNS", "120")
+        analyze_model.main()
+        return capsys.readouterr().out
+
+    return run_main
 
 
 @pytest.mark.parametrize(("name", "total"), [("Model1", 14_620), ("Model2", 14_796), ("Model5", 8_018)])
@@ -102,12 +114,11 @@ def test_the_model_comes_back_unchanged(training: bool) -> None:
     )
 
 
-def test_report() -> None:
-    result = run("analyze_model.py", "--model", "model1", "--batch-size", "3", "--device", "cpu")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.isascii()
-    assert max(map(len, result.stdout.splitlines())) <= 120
-    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+def test_report(report: Callable[..., str]) -> None:
+    output = report("--model", "model1", "--batch-size", "3")
+    assert output.isascii()
+    assert max(map(len, output.splitlines())) <= 120
+    lines = [" ".join(line.split()) for line in output.splitlines()]
     assert "(conv_block2): Sequential(" in lines
     assert "2 Conv2d 24x22x22 3,456 3,456 23.64 % 1,672,704" in lines
     assert "3 ReLU 24x22x22 139,392" in lines
@@ -171,19 +182,6 @@ def test_checkpoint(report: Callable[..., str], tmp_path: Path, monkeypatch: pyt
         report("--checkpoint", tmp_path / "none.pth")
 
 
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """Return a function that gives what the script prints with the given options."""
-
-    def run_main(*options: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["analyze_model.py", "--device", "cpu", *map(str, options)])
-        monkeypatch.setenv("COLUMNS", "120")
-        analyze_model.main()
-        return capsys.readouterr().out
-
-    return run_main
-
-
 class WithoutReturn(nn.Module):
     """A model whose train() returns nothing."""
 
@@ -230,7 +228,7 @@ def test_models_that_are_hard_to_run(model: nn.Module, shape: tuple[int, ...]) -
 def test_resnet18() -> None:
     model = torchvision.models.resnet18(weights=None)
     model.conv1 = Conv2d(1, 64, 7, 2, 3, bias=False)
-    analysis = analyze(model, (64, 64), batch_size=64)
+    analysis = analyze(model, (32, 32), batch_size=64)
     assert analysis.problems() == []
     assert [layer.name for layer in analysis.layers if layer.unknown or layer.macs is None] == []
     fields = {layer.name: layer.fields[-1]["height"].r_out for layer in analysis.layers if layer.fields}
@@ -285,7 +283,7 @@ def test_a_counter_that_disagrees_fails(
     monkeypatch.setattr(analyze_model.FlopCounterMode, "get_total_flops", lambda counter: 3 * right(counter))
     with pytest.raises(ScriptError, match=r"^Model5: MACs: wrong at input_block\.0, "):
         report()
-    assert "MACs FAILED wrong at input_block.0" in re.sub(" +", " ", capsys.readouterr().out)
+    assert "MACs FAILED" in re.sub(" +", " ", capsys.readouterr().out)
 
 
 def test_a_mistake_in_the_parameters_fails(monkeypatch: pytest.MonkeyPatch) -> None:
