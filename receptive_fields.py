@@ -278,7 +278,7 @@ def take_pictures(call: Call, source: Tensor, source_map: FeatureMap, run: int) 
             for result in plain:
                 is_batch = result.dim() and len(result) == len(source)
                 changed = torch.zeros(len(probes), *result.shape[1:]) > 0
-                picture = Picture(source_map, probed, changed, not choices)
+                picture = Picture(source_map, probed, changed, by_nan=True)
                 pictures.append(picture if is_batch else "it folds the batch into something else")
         other = source.roll(1 + attempt, 0) if source.dtype != torch.bool else ~source
         other = torch.full_like(source, value) if source.is_floating_point() else other
@@ -290,12 +290,14 @@ def take_pictures(call: Call, source: Tensor, source_map: FeatureMap, run: int) 
             for index, (result, base) in enumerate(zip(shown, plain, strict=True)):
                 if isinstance(pictures[index], Picture):
                     differs = (result != base) & (base == base)
-                    pictures[index].changed[numbers] |= differs[: len(numbers)]
+                    new = differs[: len(numbers)] & ~pictures[index].changed[numbers]
+                    pictures[index].changed[numbers] |= new
                     if differs[len(numbers) :].any():
                         pictures[index] = "it mixes the images of a batch"
-                    elif (result == result)[differs].any():
+                    elif new.any() and (attempt or (result == result)[differs].any()):
                         pictures[index] = pictures[index]._replace(by_nan=False)
-        if all(isinstance(picture, str) or (picture.by_nan and picture.changed.any()) for picture in pictures):
+        seen = all(isinstance(picture, str) or (picture.by_nan and picture.changed.any()) for picture in pictures)
+        if seen and not choices:
             break
     return pictures
 
@@ -308,8 +310,10 @@ def follow_call(call: Call, sources: list[tuple[Tensor, FeatureMap]]) -> tuple[l
     """
     taken = []
     for tensor, feature_map in sources:
-        run = 10 if math.prod(feature_map.size) < 2**14 else 4
-        run = 2 if declared_windows(call) else run  # a window that is known is only compared
+        is_large = math.prod(feature_map.size) >= 2**14  # then few rows are probed, for time's sake
+        run = 4 if is_large else 10
+        if declared_windows(call) and feature_map.place == (tensor.dim() - 2, tensor.dim() - 1):  # only compared
+            run = 1 if is_large else 2
         taken.append(take_pictures(call, tensor, feature_map, run))
     found: list[FeatureMap | str | None] = []
     passed = True
@@ -327,13 +331,15 @@ def follow_call(call: Call, sources: list[tuple[Tensor, FeatureMap]]) -> tuple[l
 def find_map(call: Call, pictures: list[Picture]) -> FeatureMap:
     """Return the map in a result that all pictures of it agree on."""
     shape = pictures[0].changed.shape
-    declared = declared_windows(call) if len(pictures) == 1 and pictures[0].by_nan else None
+    last_axes = (len(shape) - 2, len(shape) - 1)
+    declared = declared_windows(call) if pictures[0].source.place == last_axes else None
+    if declared and (len(pictures) > 1 or not pictures[0].by_nan):
+        raise CannotFollowError("its window depends on the image")
     for place, size in [guess for picture in pictures for guess in possible_maps(shape, picture.source)]:
         found = [picture.read(place, size) for picture in pictures]
-        if None in found:
+        if None in found or (declared and place != last_axes):
             continue
-        in_order = pictures[0].source.place == place == (len(shape) - 2, len(shape) - 1)
-        windows = declared if declared and in_order else (None, None)
+        windows = declared or (None, None)
         views = []
         for axis in (0, 1):
             before = [picture.source.views[axis] for picture in pictures]
