@@ -331,8 +331,9 @@ class FieldRun(TorchFunctionMode):
             with self:
                 model(images)
         except Exception as error:  # whatever a user's forward raises
-            line = self.running[-1][0]
-            self.failure, line.unknown = describe_failure(line.name, images, error), "it fails in evaluation mode"
+            self.failure = describe_failure(type(model).__name__, images, error)
+            for line, *_ in self.running:
+                self.failure, line.unknown = describe_failure(line.name, images, error), "it fails in evaluation mode"
         finally:
             for handle in handles:
                 handle.remove()

@@ -55,7 +55,9 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
     """
     try:
         data = path.read_bytes()
-        if zipfile.ZipFile(io.BytesIO(data)).testzip():  # the name of the first damaged part
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        marked = any(part.external_attr & 0x10 for part in archive.infolist())  # as a folder: torch would not read it
+        if marked or archive.testzip():  # the name of the first damaged part
             raise ValueError("it is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.0 warns about what it does itself

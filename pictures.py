@@ -30,7 +30,7 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
                 errors = [100 - row[f"{part}_accuracy"] for row in history]
                 axes.plot(epochs, losses if quantity == "loss" else errors, marker=".", label=part)
         axes.set(xlabel="epoch", ylabel=quantity, yscale="log")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend()

@@ -7,10 +7,10 @@
 The first command's output on 2 CPU cores with torch 2.15.0:
 
     Model5 on cpu: epochs 20, batch_size 64, lr 0.01, lr_scheduler constant, momentum 0.9, ... seed 1
-    epoch   train loss   accuracy   test loss   accuracy       best   seconds
-        1       0.3930    89.66 %      0.0931    97.17 %    97.17 %      16.7
+    epoch   train loss   accuracy    test loss   accuracy       best   seconds
+        1       0.3930    89.66 %       0.0931    97.17 %    97.17 %      16.7
         ...
-       20       0.0253    99.21 %      0.0259    99.16 %    99.21 %      15.9
+       20       0.0253    99.21 %       0.0259    99.16 %    99.21 %      15.9
     Best: epoch 13, test accuracy 99.21 %, saved as model_checkpoints/best_mnist_model.pth
 """
 

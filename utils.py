@@ -22,7 +22,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Call main(); an expected failure ends in one line and status 1, Ctrl-C in status 130 and SIGTERM in 143."""
 
     def interrupt(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # the script is ending already
+        for each in (signal.SIGINT, signal.SIGTERM):  # the script is ending already
+            signal.signal(each, lambda *_: None)  # Python complains if one is pending when SIG_IGN is set
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGINT, interrupt)
@@ -59,11 +60,14 @@ def write_file(path: Path, data: bytes) -> None:
         raise ScriptError(f"cannot write {path}: {error.strerror}; make room there or choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every system can sync a folder
+    with contextlib.suppress(OSError):  # not every system can open or sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-        for left_over in path.parent.glob(f"{path.name}.{'[0-9a-f]' * 32}.tmp"):  # of a killed process
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    for left_over in path.parent.glob(f"{path.name}.{'[0-9a-f]' * 32}.tmp"):  # of a killed process
+        with contextlib.suppress(OSError):  # another process may have removed it
             if time.time() - left_over.stat().st_mtime > 600:  # seconds; no write takes that long
                 left_over.unlink()
 

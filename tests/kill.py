@@ -9,6 +9,7 @@ nobody disturbed. Needs a system with fork.
 """
 
 import contextlib
+import functools
 import gzip
 import io
 import os
@@ -27,6 +28,7 @@ from conftest import assert_same, make_tiny_files, sums_of
 
 import download_mnist
 import train_test_mnist
+from checkpoints import load_checkpoint
 
 EPOCHS = 4
 
@@ -56,7 +58,7 @@ def train(data_dir: Path, folder: Path) -> None:
     train_test_mnist.main()
 
 
-def kill_again_and_again(function: Callable[[], None], check: Callable[[], None], kills: int, longest: float) -> int:
+def kill_again_and_again(function: Callable[[], None], check: Callable[[], object], kills: int, longest: float) -> int:
     """Start and kill a function until it comes to its end, at most `kills` times; return how many kills there were."""
     for count in range(kills):
         number = start(function)
@@ -67,15 +69,14 @@ def kill_again_and_again(function: Callable[[], None], check: Callable[[], None]
         if not os.WIFSIGNALED(status):
             assert os.WEXITSTATUS(status) == 0, "it failed before it was killed"
             return count
-    number = start(function)
-    assert os.waitpid(number, 0)[1] == 0, f"it does not recover after {kills} kills"
+    assert os.waitpid(start(function), 0)[1] == 0, f"it does not recover after {kills} kills"
     check()
     return kills
 
 
 def load_all(folder: Path) -> dict[str, dict]:
     """Load every checkpoint of a folder."""
-    return {path.name: train_test_mnist.load_checkpoint(path) for path in folder.glob("*.pth")}
+    return {path.name: load_checkpoint(path) for path in folder.glob("*.pth")}
 
 
 def kill_training(data_dir: Path, workplace: Path, kills: int) -> None:
@@ -89,55 +90,48 @@ def kill_training(data_dir: Path, workplace: Path, kills: int) -> None:
     done = runs = 0
     while done < kills:
         folder = workplace / f"run {runs}"
-        folder.mkdir()
-
-        def check(folder: Path = folder) -> None:
-            load_all(folder)
-
-        def run(folder: Path = folder) -> None:
-            train(data_dir, folder)
-
+        run, check = functools.partial(train, data_dir, folder), functools.partial(load_all, folder)
         done += kill_again_and_again(run, check, kills - done, duration * 0.6)
         assert_same(load_all(folder), expected)
+        assert {path.name for path in folder.iterdir()} >= {path.name for path in undisturbed.iterdir()}
         runs += 1
     print(f"{done} kills in {runs} runs of {EPOCHS} epochs: every checkpoint whole, every end as if undisturbed")
 
 
 def kill_download(source: Path, workplace: Path, kills: int) -> None:
     """Check that the files in place are always the originals, and in the end all there."""
-    raw = workplace / "MNIST" / "raw"
     done = runs = 0
-
-    def check() -> None:
-        for name in download_mnist.FILES:
-            assert not (raw / name).exists() or download_mnist.is_original(name, (raw / name).read_bytes())
-
     while done < kills:
-        for name in download_mnist.FILES:
-            (raw / name).unlink(missing_ok=True)
-        run = lambda: download_mnist.download_mnist(workplace, str(source))  # noqa: E731
-        done += kill_again_and_again(run, check, kills - done, 0.1)
-        assert all((raw / name).exists() for name in download_mnist.FILES)
+        raw = workplace / f"run {runs}" / "MNIST" / "raw"
+        run = functools.partial(download_mnist.download_mnist, workplace / f"run {runs}", str(source))
+        done += kill_again_and_again(run, functools.partial(check_files, raw), kills - done, 0.1)
+        assert len(list(raw.glob("*ubyte"))) == len(download_mnist.FILES)
         runs += 1
     print(f"{done} kills in {runs} downloads: no file in place that is not the original, all complete in the end")
+
+
+def check_files(raw: Path) -> None:
+    """Check that the data files in a folder are originals."""
+    for path in raw.glob("*ubyte"):
+        assert download_mnist.is_original(path.name, path.read_bytes()), path
 
 
 def main() -> None:
     """Run one of the two."""
     what, kills = sys.argv[1], int(sys.argv[2])
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # imports much of torch, which no child then has to
     files = make_tiny_files()
     download_mnist.FILES = sums_of(files)
     with tempfile.TemporaryDirectory() as folder:
         source, workplace = Path(folder, "source"), Path(folder, "workplace")
         source.mkdir()
-        workplace.mkdir()
         for name, data in files.items():
             (source / f"{name}.gz").write_bytes(gzip.compress(data))
-        if what == "download":
-            kill_download(source, workplace, kills)
-        else:
+        if what == "training":
             download_mnist.download_mnist(Path(folder, "data"), str(source))
             kill_training(Path(folder, "data"), workplace, kills)
+        else:
+            kill_download(source, workplace, kills)
 
 
 if __name__ == "__main__":

