@@ -507,7 +507,7 @@ def check_fields(fields: FieldRun) -> Check:
     """Probe the whole model with NaN in rows and columns of pixels: units must see what the table says."""
     size = fields.images.shape[2:]
     run = 10 if math.prod(size) <= 2**10 else 2 if math.prod(size) < 2**14 else 1  # see `take_pictures`
-    which = "any" if max(size) <= 3 * run else f"the first, middle and last {run}"
+    which = "all" if max(size) <= 3 * run else f"the first, middle, last {run}"
     followed = [
         (name or fields.lines[0].name, known) for name, known in fields.returned if isinstance(known, FeatureMap)
     ]
@@ -522,10 +522,8 @@ def check_fields(fields: FieldRun) -> Check:
         return Check("receptive field", None, first_line(error))
     passes = fields.nan_passes
     wrong = [name for (name, known), seen in zip(followed, pictures, strict=True) if not agrees(known, seen, passes)]
-    scope = f"after {len(followed)} of {len(fields.returned)} modules"
-    return verdict(
-        "receptive field", wrong, f"{scope} NaN in {which} rows or columns of pixels reaches the computed units"
-    )
+    scope = f"{len(followed)} of {len(fields.returned)} modules return what sees the right pixels"
+    return verdict("receptive field", wrong, f"{scope}: NaN in {which} rows, columns")
 
 
 def units_of_modules(

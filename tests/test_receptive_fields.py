@@ -208,7 +208,13 @@ FOLLOWED: dict[str, tuple[nn.Module, int | tuple[int, int]]] = {
     "local response norm": (Sequential(conv(), nn.LocalResponseNorm(3), nn.BatchNorm2d(2), conv(2)), 5),
     "dropout": (Sequential(conv(), nn.Dropout(), nn.Dropout2d(), nn.AlphaDropout(), nn.Identity(), conv(2)), 5),
     "norms of weights": (Sequential(weight_norm(conv()), spectral_norm(conv(2)), prune.identity(conv(2), "weight")), 7),
-    "parametrized": (Sequential(parametrizations.weight_norm(conv()), parametrizations.spectral_norm(conv(2))), 5),
+    "parametrized": (
+        Sequential(
+            getattr(parametrizations, "weight_norm", parametrizations.spectral_norm)(conv()),
+            parametrizations.spectral_norm(conv(2)),
+        ),
+        5,
+    ),
     "scripted": (Sequential(torch.jit.script(Residual()), conv()), 5),
     "custom autograd function": (between(Cube.apply), 5),
     "dataclass": (Net(lambda net, x: net.b(Result(net.a(x))), a=conv(), b=Net(lambda _, r: r.features.relu())), 3),
