@@ -1,4 +1,4 @@
-"""Print a model's layers, operations, receptive fields and memory, each number checked on the running model.
+"""Print a model's layers, operations, receptive fields and memory, as measured on the running model.
 
     python analyze_model.py                                # Model5 on MNIST's 28x28 images
     python analyze_model.py --model all --batch-size 128   # every class of models.py, then a comparison
@@ -11,33 +11,50 @@ From the first command's output, with torch 2.15.0:
     ...
     output_block.0      AdaptiveAvgPool2d  7  7  0  1     7      1     2     14    16     28     0      0  28x28
 
-How it works: the model runs once in training mode, and every torch function it calls on what comes from the images
-is recorded. From the functions' arguments follow shapes, operations and receptive fields; the autograd graph tells
-what is kept for the backward pass. Then the model runs again, in other ways, to check these numbers.
+The model runs on a few images in training mode, where autograd's hooks show what each layer keeps for the backward
+pass and torch's counter counts operations; then in evaluation mode, where receptive_fields.py follows each call.
 """
 
 import argparse
 import copy
 import dataclasses
-import io
 import json
+import math
+import operator
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
 from checkpoints import load_checkpoint
+from download_mnist import load_mnist
 from models import build_model, default_model_name, find_model_name, model_classes
-from utils import ScriptError, default_batch_size, device_type, number_type, run_script, write_file
+from pictures import draw_receptive_fields, require_matplotlib
+from receptive_fields import (
+    Axis,
+    Call,
+    CannotFollowError,
+    FeatureMap,
+    Picture,
+    View,
+    WindowMismatchError,
+    as_map,
+    follow_call,
+    image_map,
+    map_tensors,
+    results_of,
+    take_pictures,
+    tensors_in,
+)
+from utils import ScriptError, default_batch_size, device_type, number_type, run_script
 
 try:
     from torch.utils.flop_counter import FlopCounterMode
@@ -57,9 +74,11 @@ r_in r_out   receptive field of one unit before and after the layer, in input pi
 P_in P_out   accumulated padding: pixels by which the first unit's receptive field passes the image's edge
 RF           receptive field after the layer, height x width"""
 
-COLUMNS = ("k", "s", "p", "d", "n_in", "n_out", "j_in", "j_out", "r_in", "r_out", "P_in", "P_out")
-Axis = dataclasses.make_dataclass("Axis", COLUMNS, frozen=True)  # one layer along height or width; see FIELDS_LEGEND
-Setting = int | tuple[int, int]  # for both axes, or for height and width
+
+UNKNOWN_INPUT = "what comes in is not known"
+RANDOM = "its arguments differ from run to run"
+UNRECORDED = "what it returns comes from no call of a torch function on what it is given"
+COLUMNS = [field.name for field in dataclasses.fields(Axis)]
 
 
 @dataclasses.dataclass
@@ -79,6 +98,7 @@ class Layer:
     macs: int | None = 0  # per image; None where not known
     kept: int = 0  # bytes, for the batch
     fields: list[dict[str, Axis]] = dataclasses.field(default_factory=list)  # height and width, if it changes them
+    followed: bool = False  # whether the receptive field after it is known
     unknown: str | None = None  # why the receptive field is not known
 
 
@@ -112,7 +132,6 @@ class Analysis:
     layers: list[Layer]
     totals: dict[str, int | None]
     memory: list[Memory]
-    measured_peak: int | None  # bytes that a CUDA device held at most during one training step
     checks: list[Check]
     failure: str | None  # why forward does not take the images; the layers then end where it failed
     checkpoint: dict[str, int | float] | None = None  # epoch and accuracies that came with the weights
@@ -123,161 +142,143 @@ class Analysis:
         return [self.failure] if self.failure else failed
 
 
-class View(NamedTuple):
-    """What the units of a feature map see along one axis."""
-
-    axis: Axis  # unit i sees pixels i * j_out - P_out to i * j_out - P_out + r_out - 1 ...
-    seen: Tensor  # (n_out, image size), bool: ... of which these remain without padding and dilation's gaps
-
-
-@dataclasses.dataclass(eq=False)
-class Call:
-    """One call of a torch function on something that comes from the images."""
-
-    layer: Layer
-    function: str
-    args: tuple
-    kwargs: dict
-    outputs: list[Tensor]
-    nodes: list  # ends of the autograd graph just after the call
-    hooked: list[Tensor]  # what autograd passed to its hooks
-    flops: int  # by torch's counter
-    views: tuple[View, View] | None = None  # height and width after it, where they are known
-    kept: int = 0  # bytes
-
-
-class CannotFollowError(Exception):
-    """Says why receptive fields are not known after a call."""
-
-
 def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, verify: bool = True) -> Analysis:
     """Analyze a model on grey images (batch_size, 1, *input_size) on the model's device; the model stays as it is.
 
     Images that the model does not take are no error: then `failure` says why. Raises RuntimeError where an in-place
     function destroys what autograd has kept, for then the model cannot be trained. Without `verify` no check is made.
     """
-    model = copy.deepcopy(model).train()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    images = torch.zeros(batch_size, 1, *input_size, device=device)
+    architecture, model, twin = str(model), copy_model(model), copy_model(model).cpu().double()
+    model.train()
+    twin.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        run = Recorder(model, images)
-        follow_receptive_fields(run, images)
-        visited: set = set()
-        saved = [[*saved_tensors(call.nodes, visited)] for call in run.calls]
-        for call, size in zip(run.calls, count_bytes(saved, apart_from=[images, model]), strict=True):
-            call.kept = size
-            call.layer.kept += size
-            call.layer.macs = add_known([call.layer.macs, count_macs(call, batch_size)])
-        checks = run_checks(model, images, run) if verify and not run.failure else []
-        peak = measure_training_step(model, images) if device.type == "cuda" and not run.failure else None
-
-    failure = run.failure and run.failure + smallest_input(model, input_size)
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        # Of two small batches, the second shows what grows with the batch. One image alone is a case of its own.
+        batches = [torch.rand(n, 1, *input_size, device=device) for n in ((2, 3) if batch_size > 1 else (1,))]
+        runs = [Measurement(model, images) for images in batches]
+        failure = runs[0].failure or runs[-1].failure
+        if not failure:
+            try_backward(model, batches[0])
+        model.cpu().eval()
+        n = 13 if math.prod(input_size) < 2**14 else 3  # one more than the probes in a replay: memory sets the limit
+        images = torch.rand(n, 1, *input_size)
+        with torch.no_grad():
+            rehearsals = [FieldRun(model, images).arguments for _ in range(3)]
+            torch.manual_seed(0)  # as in replays
+            fields = FieldRun(model, images, twin, rehearsals)
+            lines, shared = complete_lines(fields, model, runs, batch_size)
+            checks = run_checks(model, lines, runs, fields) if verify and not failure else []
     totals = {
-        "weight": sum(layer.weight for layer in run.layers),
-        "bias": sum(layer.bias for layer in run.layers),
-        "parameters": sum(count for count, _ in counts),
-        "trainable": sum(count for count, trainable in counts if trainable),
-        "frozen": sum(count for count, trainable in counts if not trainable),
-        "shared": sum(parameter.numel() for parameter in run.shared),
+        "weight": sum(line.weight for line in lines),
+        "bias": sum(line.bias for line in lines),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "frozen": sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
+        "shared": shared,
         "buffers": sum(buffer.numel() for buffer in model.buffers()),
-        "macs": add_known([layer.macs for layer in run.layers]),
-        "kept": sum(layer.kept for layer in run.layers),
+        "macs": None if any(line.macs is None for line in lines) else sum(line.macs for line in lines),
+        "kept": sum(line.kept for line in lines),
     }
-    for layer in run.layers:
-        layer.share = round(100 * layer.parameters / max(totals["parameters"], 1), 2)
-    memory = add_up_memory(model, images, run.calls)
-    where = input_size, batch_size, str(device)
-    return Analysis(str(model), *where, run.layers, totals, memory, peak, checks, failure)
+    at_work = max((extrapolate(runs, key, "at work", batch_size) for key in runs[0].measured), default=0)
+    memory = add_up_memory(model, batch_size, input_size, totals["kept"], at_work)
+    return Analysis(architecture, input_size, batch_size, str(device), lines, totals, memory, checks, failure)
 
 
-class Recorder(TorchFunctionMode):
-    """Runs a model, and records its layers and its calls of torch functions on what comes from the images."""
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a copy that shares what cannot be copied: Python modules, and tensors left over from a computation."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    shared = [value for value in values if isinstance(value, types.ModuleType)]
+    shared += [tensor for tensor in tensors_in(values) if not tensor.is_leaf]
+    return copy.deepcopy(model, {id(value): value for value in shared})
 
-    def __init__(self, model: nn.Module, images: Tensor, counter: object = None, hook: bool = False) -> None:
-        super().__init__()
-        self.layers: list[Layer] = []
-        self.calls: list[Call] = []
+
+def add_hooks(model: nn.Module, enter: Callable, leave: Callable) -> list:
+    """Call enter(name, module, args, kwargs) before each module and leave(..., output) after it; return the handles."""
+    handles = []
+    for name, module in model.named_modules():  # called by way of nn.Module, for scripted modules do not offer hooks
+        handles.append(nn.Module.register_forward_pre_hook(module, partial(enter, name), with_kwargs=True))
+        handles.append(nn.Module.register_forward_hook(module, partial(leave, name), with_kwargs=True))
+    return handles
+
+
+def describe_failure(name: str, images: Tensor, error: Exception) -> str:
+    """Say in one line what fails on the images."""
+    return f"{name} fails on images of {format_shape(images.shape[2:])}: {first_line(error)}"
+
+
+class Measurement:
+    """What each call of a module costs in a run in training mode, apart from the modules in it.
+
+    `measured` holds, by name and number of the call, operations ("flops") and bytes ("kept", "at work").
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.measured: dict[tuple[str, int], Counter] = defaultdict(Counter)  # by name and number of the call
+        self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         self.failure: str | None = None
-        self.shared: set[nn.Parameter] = set()  # in several layers, or in one that is called several times
-        self.derived = {id(images): images}  # what comes from the images; held, so that no id is used twice
-        self.described: set[Tensor] = set()
-        self.running: list[tuple[Layer, nn.Module]] = []
-        self.function = ""
-        self.counter, self.hooked = counter, []
-        modules = dict(model.named_modules())
-        handles = [module.register_forward_pre_hook(partial(self.enter, name)) for name, module in modules.items()]
-        handles += [module.register_forward_hook(self.leave) for module in modules.values()]
-        hooks = saved_tensors_hooks(lambda tensor: self.hooked.append(tensor) or tensor, lambda tensor: tensor)
+        self.miscounted: list[str] = []  # where torch's counter disagrees with the formula
+        self.calls, self.running = Counter(), [("", 1)]
+        self.counter, self.counted = FlopCounterMode(display=False) if FlopCounterMode else None, 0
+        self.held = [images, *model.parameters(), *model.buffers()]  # so that no address is used twice
+        self.given = {address(tensor) for tensor in self.held}
+        self.seen = set(self.given)
+        handles = add_hooks(model, self.enter, self.leave)
         try:
-            with counter or nullcontext(), hooks if hook else nullcontext(), self:
+            with saved_tensors_hooks(self.keep, lambda tensor: tensor), self.counter or nullcontext():
                 model(images)
-            called = {layer.name for layer in self.layers}
-            for name, module in modules.items():
-                if name and name not in called and (is_layer(module) or list(module.parameters(recurse=False))):
-                    self.layers.append(self.describe(name, module, depth=1))
         except Exception as error:  # whatever a user's forward raises
-            layer, module = self.running[-1]
-            where = layer.name if is_layer(module) or not self.function else f"{self.function}() in {layer.name}"
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            self.failure = f"{where} fails on {len(images)} images of {format_shape(images.shape[2:])}: {reason}"
+            self.failure = describe_failure(self.running[-1][0] or type(model).__name__, images, error)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def enter(self, name: str, module: nn.Module, inputs: tuple) -> None:
-        """Add a line to the tree for a module that starts to run; what it is given counts as coming from the images."""
-        layer = self.describe(name or type(module).__name__, module, depth=len(self.running))
-        self.layers.append(layer)
-        self.running.append((layer, module))
-        self.derived.update((id(tensor), tensor) for tensor in tensors_in(inputs))
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd keeps; memory that several calls keep counts for the first."""
+        if tensor.dim() and address(tensor) not in self.seen:
+            self.measured[self.running[-1]]["kept"] += tensor.untyped_storage().nbytes()
+            self.seen.add(address(tensor))
+            self.held.append(tensor)
+        return tensor
 
-    def leave(self, module: nn.Module, inputs: tuple, output: object) -> None:
-        """Note what a module returns; that, too, counts as coming from the images."""
-        layer, _ = self.running.pop()
-        for tensor in tensors_in(output):
-            layer.output_shape = tuple(tensor.shape[1:])
-            self.derived[id(tensor)] = tensor
+    def count(self) -> None:
+        """Add the operations since the last time to the module that runs."""
+        flops = self.counter.get_total_flops() if self.counter else 0
+        self.measured[self.running[-1]]["flops"] += flops - self.counted
+        self.counted = flops
 
-    def describe(self, name: str, module: nn.Module, depth: int) -> Layer:
-        """Return a module's line of the tree, with the parameters and buffers that no line before it has."""
-        layer = Layer(name, depth, type(module).__name__, is_block=not is_layer(module))
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter in self.described:
-                self.shared.add(parameter)
-            elif "bias" in key:
-                layer.bias += parameter.numel()
-            else:
-                layer.weight += parameter.numel()
-            self.described.add(parameter)
-        layer.parameters = layer.weight + layer.bias
-        buffers = set(module.buffers(recurse=False)) - self.described
-        layer.buffers = sum(buffer.numel() for buffer in buffers)
-        self.described |= buffers
-        return layer
+    def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note that a module starts to run."""
+        self.count()
+        self.calls[name] += 1
+        self.running.append((name, self.calls[name]))
 
-    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
-        """Make the call; record it where it computes something from the images."""
-        kwargs = kwargs or {}
-        if not any(id(tensor) in self.derived for tensor in tensors_in((args, kwargs))):
-            return func(*args, **kwargs)
-        self.function = func.__name__.strip("_").removesuffix("_with_indices")  # relu for relu_, too
-        flops = self.counter and self.counter.get_total_flops()
-        output = func(*args, **kwargs)
-        outputs = list(tensors_in(output))
-        if outputs:
-            layer, module = self.running[-1]
-            if not is_layer(module):
-                name = f"{layer.name}.{self.function}()" if layer.depth else f"{self.function}()"
-                layer = Layer(name, len(self.running), "function", output_shape=tuple(outputs[0].shape[1:]))
-                self.layers.append(layer)
-            self.derived.update((id(tensor), tensor) for tensor in outputs)
-            nodes = [tensor.grad_fn for tensor in outputs]
-            flops = self.counter and self.counter.get_total_flops() - flops
-            self.calls.append(Call(layer, self.function, args, kwargs, outputs, nodes, self.hooked, flops))
-            self.hooked = []
-        self.function = ""
-        return output
+    def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        """Note what a module did."""
+        self.count()
+        key, outputs = self.running.pop(), tensors_in(output)
+        sizes = {address(t): t.untyped_storage().nbytes() for t in [*tensors_in((args, kwargs)), *outputs]}
+        self.measured[key]["at work"] = sum(size for at, size in sizes.items() if at not in self.given)
+        self.shapes[key] = tuple(outputs[0].shape[1:]) if outputs else ()
+        flops = self.measured[key]["flops"]
+        if isinstance(module, nn.Conv2d | nn.Linear) and flops not in (
+            0,
+            2 * outputs[0].numel() * module.weight[0].numel(),
+        ):
+            self.miscounted.append(name)
+        if is_layer(module) and not flops and tensors_in((args, kwargs))[0].is_floating_point():
+            weights = [weight for weight in module.parameters() if weight.dim() > 1]
+            self.measured[key]["uncounted"] = sum(not spreads_over(weight, outputs[0]) for weight in weights)
+
+
+def address(tensor: Tensor) -> int:
+    """Return where a tensor's memory begins."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def spreads_over(weight: Tensor, output: Tensor) -> bool:
+    """Tell whether a weight can be multiplied with an output number by number; else it makes a matrix product."""
+    pairs = zip(reversed(weight.shape), reversed(output.shape), strict=False)
+    return weight.dim() <= output.dim() and all(n in (1, m) for n, m in pairs)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -285,326 +286,289 @@ def is_layer(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.") and not list(module.children())
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield a tensor itself, a module's parameters and buffers, or what lists, tuples and dicts hold of these."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, nn.Module):
-        yield from (*value.parameters(), *value.buffers())
-    elif isinstance(value, list | tuple | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
-
-
-# Receptive fields: from call to call, along height and width
-
-
-def follow_receptive_fields(run: Recorder, images: Tensor) -> None:
-    """Fill in what the units see after each call, and the layers' fields; None, and why, where that is not known."""
-    start = tuple(View(Axis(1, 1, 0, 1, n, n, 1, 1, 1, 1, 0, 0), torch.eye(n) > 0) for n in images.shape[2:])
-    known: dict[int, tuple[View, View] | None] = {id(images): start}
-    for call in run.calls:
-        sources = dict.fromkeys(id(tensor) for tensor in tensors_in((call.args, call.kwargs)))
-        inputs = [known.get(source) for source in sources if source in run.derived]
-        try:
-            require(None not in inputs, "what comes in is not known")
-            call.views = next_views(call, inputs, len(images))
-            if call.views[0] is not inputs[0][0]:
-                call.layer.fields.append({"height": call.views[0].axis, "width": call.views[1].axis})
-        except CannotFollowError as reason:
-            if call.function not in POINTWISE or None not in inputs:
-                call.layer.unknown = call.layer.unknown or str(reason)
-        known.update((id(tensor), call.views) for tensor in call.outputs)
-
-
-def next_views(call: Call, inputs: list[tuple[View, View]], batch_size: int) -> tuple[View, View]:
-    """Return height and width after a call from those of its inputs; raises CannotFollowError."""
-    function, first = call.function, next(tensors_in((call.args, call.kwargs)))
-    sizes = [tuple(view.axis.n_out for view in views) for views in inputs]
-    require(function in POINTWISE or function in RULES, f"{function}() is not followed")
-    require(len(inputs) == 1 or function in MEETING, f"{function}() of several branches is not followed")
-    require(function != "cat" or len(set(sizes)) == 1, "branches of different sizes are joined")
+def try_backward(model: nn.Module, images: Tensor) -> None:
+    """Raise RuntimeError where an in-place function has destroyed what autograd kept."""
+    outputs = [tensor for tensor in tensors_in(model(images)) if tensor.requires_grad]
     try:
-        windows = RULES[function](sizes[0], *call.args, **call.kwargs) if function in RULES else None
-    except TypeError:
-        raise CannotFollowError(f"{function}() is not followed with these arguments") from None
-    if windows:
-        require(first.dim() == 4 or function in ("linear", "group_norm"), "the maps are not 4-dimensional")
-        return tuple(slide(view, *window) for view, window in zip(inputs[0], windows, strict=True))
-    after = tuple(reduce(meet, views) for views in zip(*inputs, strict=True))
-    whole_maps = len(call.outputs[0]) == batch_size and fits(call.outputs[0], after)
-    require(whole_maps, f"{function}() rearranges the map")
-    return after
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    except RuntimeError as error:
+        if "inplace operation" in str(error):
+            raise
 
 
-def slide(view: View, k: int, s: int, p: int, d: int, n: int) -> View:
-    """Carry jump, receptive field and accumulated padding across a window that stops at n places.
+def extrapolate(runs: list[Measurement], key: tuple[str, int], what: str, n: int) -> int:
+    """Return what a call would measure on n images, from the runs on 2 and on 3, or from the only one on 1."""
+    first, last = runs[0].measured[key][what], runs[-1].measured[key][what]
+    return max(0, first + (last - first) * (n - 2))
 
-    The recurrences are those of Araujo, Norris, Sim, "Computing Receptive Fields of Convolutional Neural
-    Networks", Distill 2019. A window that does not move (s = 0) leaves a jump of 0.
+
+class FieldRun(TorchFunctionMode):
+    """Runs a model in evaluation mode; notes a line for each module, and one for each call outside torch's layers.
+
+    With a `twin`, a copy of the model in float64 for replays, it follows receptive fields. The arguments in
+    `rehearsals` are those of earlier runs: a call whose arguments differ from run to run is not followed.
     """
-    n_in, j, r, padding = view.axis.n_out, view.axis.j_out, view.axis.r_out, view.axis.P_out
-    taps = torch.arange(n)[:, None] * s - p + torch.arange(k) * d  # (n, k): the units that the window reads
-    real = (taps >= 0) & (taps < n_in)  # the others are padding
-    seen = (view.seen[taps.clamp(0, n_in - 1)] & real[..., None]).any(1)
-    return View(Axis(k, s, p, d, n_in, n, j, j * s, r, r + d * (k - 1) * j, padding, padding + p * j), seen)
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, twin: nn.Module | None = None, rehearsals: list[list[str]] | None = None
+    ) -> None:
+        super().__init__()
+        self.lines: list[Layer] = []
+        self.arguments: list[str] = []  # of each call, but for tensors that come from the images
+        self.mismatches: list[str] = []  # lines that do not read what their window says
+        self.returned: list[tuple[str, FeatureMap | str | None]] = []  # by each module
+        self.nan_passes = True
+        self.used: set[int] = set()  # ids of all that took part in a call
+        self.failure: str | None = None
+        # What comes from the images: its map, or why that is not known. Tensors are held, so that no id is used twice.
+        self.maps: dict[int, FeatureMap | str] = {id(images): image_map(images.shape[2:])}
+        self.held, self.images = [images], images
+        self.running: list[tuple] = []  # a module's line, where the lines in it begin, and the maps it is given
+        self.twin = dict(twin.named_modules()) if twin else {}
+        self.rehearsals, self.replaying = rehearsals or [], False
+        handles = add_hooks(model, self.enter, self.leave)
+        try:
+            with self:
+                model(images)
+        except Exception as error:  # whatever a user's forward raises
+            self.failure = describe_failure(type(model).__name__, images, error)
+            for line, *_ in self.running:
+                self.failure, line.unknown = describe_failure(line.name, images, error), "it fails in evaluation mode"
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note that a module starts to run, and what is known of what it is given."""
+        line = Layer(name or type(module).__name__, len(self.running), type(module).__name__, not is_layer(module))
+        sources = {id(tensor): tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self.maps}
+        self.lines.append(line)
+        self.running.append((line, len(self.lines), [(tensor, self.maps[key]) for key, tensor in sources.items()]))
+
+    def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        """Note what a module returns; follow it as a whole where a call in it cannot be followed."""
+        line, start, sources = self.running.pop()
+        tensors, inside = tensors_in(output), self.lines[start:]
+        if sources:
+            self.note(tensors, [self.maps.get(id(tensor), UNRECORDED) for tensor in tensors])
+        returned = [self.maps.get(id(tensor)) for tensor in tensors]
+        is_random = any(inner.unknown == RANDOM for inner in inside)
+        is_lost = any(isinstance(each, str) for each in returned)
+        if self.running and self.twin and line.is_block and is_lost and not is_random:
+            found = self.follow(line, Call(self.twin[name], args, kwargs), sources, len(tensors))
+            if not isinstance(found[0], str):
+                self.note(tensors, found)
+                self.show(line, sources, found)
+                for inner in inside:
+                    inner.unknown = None
+        elif UNRECORDED in returned:
+            line.unknown = UNRECORDED
+        line.output_shape = tuple(tensors[0].shape[1:]) if tensors else ()
+        self.returned.append((name, self.maps.get(id(tensors[0])) if tensors else None))
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        """Make the call; follow it where something comes from the images, and give it a line outside torch's layers."""
+        given, kwargs = tensors_in((args, kwargs)), kwargs or {}
+        self.used.update(map(id, given))
+        if self.replaying or not self.running or not any(id(tensor) in self.maps for tensor in given):
+            return func(*args, **kwargs)
+        before = {id(tensor): tensor.detach() for tensor in given}  # in the shape that they have before the call
+        versions = [tensor._version for tensor in given]
+        output = func(*args, **kwargs)
+        tensors = results_of(output, given, versions)
+        if tensors and (tensors[0].dim() or tensors[0].dtype != torch.bool):  # but not for the truth of an assertion
+            line, *_ = self.running[-1]
+            if line.is_block:
+                function = func.__name__.strip("_").removesuffix("_with_indices")  # relu for relu_, too
+                name = f"{line.name}.{function}()" if line.depth else f"{function}()"
+                line = Layer(name, len(self.running), "function", output_shape=tuple(tensors[0].shape[1:]))
+                self.lines.append(line)
+            call = Call(func, *map_tensors(lambda tensor: before[id(tensor)], (args, kwargs)))
+            sources = [(before[key], self.maps[key]) for key in before if key in self.maps]
+            constants = {
+                id(before[key]) for key in before if key not in self.maps and not before[key].is_floating_point()
+            }
+            told = map_tensors(lambda tensor: tensor.tolist() if id(tensor) in constants else None, (args, kwargs))
+            self.arguments.append(f"{line.name} {told}")
+            found = self.follow(line, call, sources, len(tensors))
+            self.note(tensors, found)
+            self.show(line, sources, found)
+        return output
+
+    def follow(self, line: Layer, call: Call, sources: list, count: int) -> list[FeatureMap | str | None]:
+        """Return the maps in the results of a call, or why they are not known."""
+        number = len(self.arguments)
+        if any(isinstance(known, str) for _, known in sources) or not self.twin:
+            return [UNKNOWN_INPUT] * count
+        if any(arguments[number - 1 : number] != self.arguments[-1:] for arguments in self.rehearsals):
+            return [RANDOM] * count
+        self.replaying = True
+        try:
+            found, passes = follow_call(call, sources)
+        except WindowMismatchError as mismatch:
+            self.mismatches.append(line.name)
+            return [str(mismatch)] * count
+        except Exception as error:  # whatever a function or a module does not like about a replay
+            return [f"it refuses a replay: {first_line(error)}"] * count
+        finally:
+            self.replaying = False
+        self.nan_passes &= passes
+        return found if len(found) == count else ["it returns something else in a replay"] * count
+
+    def note(self, tensors: list[Tensor], maps: list[FeatureMap | str | None]) -> None:
+        """Remember what is known of tensors; None if they do not come from the images."""
+        for tensor, known in zip(tensors, maps, strict=True):
+            self.held.append(tensor)
+            self.maps.pop(id(tensor), None)
+            if known is not None:
+                self.maps[id(tensor)] = known
+
+    def show(self, line: Layer, sources: list, found: list[FeatureMap | str | None]) -> None:
+        """Enter the first result into the report's line."""
+        first = next((each for each in found if each is not None), None)
+        if isinstance(first, str):
+            line.unknown = line.unknown or first
+        elif first:
+            line.followed = True
+            if not any(all(map(operator.is_, first.views, source.views)) for _, source in sources):
+                line.fields.append({"height": first.views[0].axis, "width": first.views[1].axis})
 
 
-def meet(one: View, other: View) -> View:
-    """Combine two branches: a unit sees what either sees; a map of one unit meets every unit of the other."""
-    n = max(one.axis.n_out, other.axis.n_out)
-    one, other = (view if view.axis.n_out == n else slide(view, k=1, s=0, p=0, d=1, n=n) for view in (one, other))
-    seen, a, b = one.seen | other.seen, one.axis, other.axis
-    same_for_all = bool((seen == seen[0]).all())
-    require(a.j_out == b.j_out or same_for_all, f"branches with jumps {a.j_out} and {b.j_out} meet")
-    j = a.j_out if a.j_out == b.j_out else 0
-    start = min(-a.P_out, -b.P_out)
-    end = max(axis.r_out - axis.P_out + (n - 1) * (axis.j_out - j) for axis in (a, b))
-    return View(Axis(None, None, None, None, a.n_out, n, a.j_out, j, a.r_out, end - start, a.P_out, -start), seen)
+# What the report adds up and checks
 
 
-def fits(output: Tensor, views: tuple[View, View]) -> bool:
-    """Tell whether an output (N, C, H, W), or one flattened from that, has as many units as the views."""
-    size = tuple(view.axis.n_out for view in views)
-    return output.shape[2:] == size if output.dim() == 4 else output[0].numel() % (size[0] * size[1]) == 0
-
-
-def require(condition: bool, otherwise: str) -> None:
-    """Raise CannotFollowError, with the reason, unless the condition holds."""
-    if not condition:
-        raise CannotFollowError(otherwise)
-
-
-def sliding(
-    sizes: tuple, kernel_size: Setting, stride: Setting, padding: Setting | str, dilation: Setting, ceil: bool = False
-) -> list[tuple]:
-    """Return the windows (k, s, p, d, n_out) of a convolution or a pooling, along height and width."""
-    windows = []
-    for size, k, s, p, d in zip(sizes, *map(both, (kernel_size, stride, padding, dilation)), strict=True):
-        reach = d * (k - 1)
-        before, after = {"valid": (0, 0), "same": (reach // 2, reach - reach // 2)}.get(p, (p, p))
-        span = size + before + after - reach - 1
-        n = span // s + 1
-        if ceil and span % s and n * s < size + before:  # one more, unless it would start in the padding
-            n += 1
-        windows.append((k, s, before, d, n))
-    return windows
-
-
-def adaptive(sizes: tuple, output_size: Setting) -> list[tuple]:
-    """Return the windows of adaptive pooling."""
-    sizes = [(size, size if n is None else n) for size, n in zip(sizes, both(output_size), strict=True)]
-    require(all(size % n == 0 for size, n in sizes), "its windows vary in size")
-    return [(size // n, size // n, 0, 1, n) for size, n in sizes]
-
-
-def average(sizes: tuple, x: Tensor, dim: Setting | None = None, keepdim: bool = False) -> list[tuple]:
-    """Return the windows of a mean."""
-    dims = {axis % x.dim() for axis in ((dim,) if isinstance(dim, int) else dim or ())}
-    require(x.dim() == 4 and dims == {2, 3}, "it is no mean over both height and width")
-    return whole(sizes)
-
-
-def whole(sizes: tuple) -> list[tuple]:
-    """Return the windows of a layer with a single output unit, which sees the whole map."""
-    return [(n, n, 0, 1, 1) for n in sizes]
-
-
-def along_channels(sizes: tuple, x: Tensor, dim: int) -> None:
-    """Accept a function that works along the channels and on nothing else."""
-    require(dim % x.dim() == 1 and (x.dim() == 4 or sizes == (1, 1)), "it mixes the units of a map")
-
-
-def both(setting: Setting) -> tuple:
-    """Return a setting as (height, width)."""
-    return tuple(setting) * (2 // len(setting)) if isinstance(setting, list | tuple) else (setting, setting)
-
-
-# What torch functions do to a map. Each rule takes the map's size and the function's arguments, and returns windows
-# (k, s, p, d, n_out) along height and width, or None where every unit goes on seeing what it saw.
-RULES: dict[str, Callable[..., list[tuple] | None]] = {
-    "conv2d": lambda n, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: sliding(
-        n, tuple(weight.shape[2:]), stride, padding, dilation
-    ),
-    "max_pool2d": lambda n, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, **_: sliding(
-        n, kernel_size, stride or kernel_size, padding, dilation, ceil_mode
-    ),
-    "avg_pool2d": lambda n, x, kernel_size, stride=None, padding=0, ceil_mode=False, *_, **__: sliding(
-        n, kernel_size, stride or kernel_size, padding, 1, ceil_mode
-    ),
-    "adaptive_avg_pool2d": lambda n, x, output_size: adaptive(n, output_size),
-    "adaptive_max_pool2d": lambda n, x, output_size, **_: adaptive(n, output_size),
-    "mean": average,
-    "linear": lambda n, x, *_, **__: require(x.dim() == 2, "it mixes the columns of a map") or whole(n),
-    "group_norm": lambda n, *_, **__: [(size, 0, 0, 1, size) for size in n],  # its statistics are of the whole map
-    "batch_norm": lambda n, x, mean, *_, **__: require(mean is not None, "it mixes the images of a batch"),
-    "softmax": lambda n, x, dim, **_: along_channels(n, x, dim),
-    "log_softmax": lambda n, x, dim, **_: along_channels(n, x, dim),
-    "cat": lambda n, tensors, dim=0: require(dim % tensors[0].dim() == 1, "it joins maps side by side"),
-}
-MEETING = {"add", "sub", "mul", "div", "maximum", "minimum", "cat"}  # may join branches
-POINTWISE = {  # with these, every unit goes on seeing what it saw
-    *MEETING,
-    *("batch_norm", "softmax", "log_softmax", "dropout", "dropout2d", "alpha_dropout"),
-    *("relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardtanh", "hardswish"),
-    *("hardsigmoid", "sigmoid", "tanh", "softplus", "clamp", "abs", "neg", "exp", "log", "sqrt", "pow"),
-    *("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone", "detach", "to", "float", "double"),
-}
-
-
-# Operations and memory
-
-
-def count_macs(call: Call, batch_size: int) -> int | None:
-    """Return a call's multiply-accumulates per image: every output is a sum over the weights of one filter."""
-    if call.function in ("conv2d", "linear"):
-        _, weight, *_ = tensors_in((call.args, call.kwargs))
-        return call.outputs[0].numel() // batch_size * weight[0].numel()
-    return 0 if call.function in POINTWISE or call.function in RULES else None
-
-
-def add_known(numbers: list[int | None]) -> int | None:
-    """Return the sum, None where a number is not known."""
-    return None if None in numbers else sum(numbers)
-
-
-def saved_tensors(nodes: list, visited: set) -> Iterator[Tensor]:
-    """Yield what nodes of the autograd graph, and the ones before them not yet visited, hold for the backward pass."""
-    nodes = list(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in visited:
-            visited.add(node)
-            nodes += [before for before, _ in node.next_functions]
-            for name in dir(node):
-                if name.startswith("_saved_") or name == "saved_tensors":
-                    yield from tensors_in(getattr(node, name))
-
-
-def count_bytes(groups: Iterable[list[Tensor]], apart_from: list) -> list[int]:
-    """Return the bytes in memory of each group of tensors, single numbers not counted.
-
-    Memory that several groups share counts for the first, and that of the tensors in apart_from for none.
+def complete_lines(
+    fields: FieldRun, model: nn.Module, runs: list[Measurement], batch_size: int
+) -> tuple[list[Layer], int]:
+    """Return the lines with what was measured, with parameters and buffers, each where it comes first, and with modules
+    never called; and how many parameters several layers share, or one that is called several times.
     """
-    seen = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(apart_from)}
-    totals = []
-    for group in groups:
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in group if tensor.dim()}
-        totals.append(sum(storage.nbytes() for address, storage in storages.items() if address not in seen))
-        seen.update(storages)
-    return totals
+    modules = {name or type(model).__name__: module for name, module in model.named_modules()}
+    lines, listed = fields.lines, {line.name for line in fields.lines}
+    for name, module in modules.items() if not runs[-1].failure else ():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if name not in listed and (own or is_layer(module)):
+            # It may run in training alone, or another module may use what it has
+            shape = runs[0].shapes.get((name, 1), () if fields.used.intersection(map(id, own)) else None)
+            lines.append(Layer(name, 1, type(module).__name__, not is_layer(module), shape))
+    calls, described, shared = Counter(), set(), set()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for line in [line for line in lines if line.name in modules]:
+        calls[line.name] += 1
+        key = (line.name if line.depth else "", calls[line.name])
+        line.kept = extrapolate(runs, key, "kept", batch_size)
+        line.macs = None if runs[0].measured[key]["uncounted"] else extrapolate(runs, key, "flops", 1) // 2
+        own = dict(modules[line.name].named_parameters(recurse=False))
+        shared.update(described.intersection(own.values()))
+        sizes = {name: parameter.numel() for name, parameter in own.items() if parameter not in described}
+        line.bias = sum(size for name, size in sizes.items() if "bias" in name)
+        line.weight = sum(sizes.values()) - line.bias
+        line.parameters = line.weight + line.bias
+        line.share = round(100 * line.parameters / max(total, 1), 2)
+        buffers = set(modules[line.name].buffers(recurse=False))
+        line.buffers = sum(buffer.numel() for buffer in buffers - described)
+        described.update(own.values(), buffers)
+    return lines, sum(parameter.numel() for parameter in shared)
 
 
-def add_up_memory(model: nn.Module, images: Tensor, calls: list[Call]) -> list[Memory]:
+def add_up_memory(model: nn.Module, batch_size: int, size: tuple[int, int], kept: int, at_work: int) -> list[Memory]:
     """Return the parts of a training step with SGD and momentum, and of inference, and their sum."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tensors = [list(model.parameters()), trained, list(model.buffers()), [images]]
-    parameters, trainable, buffers, pixels = (sum(t.numel() * t.element_size() for t in group) for group in tensors)
-    inputs_and_outputs = [[*tensors_in((call.args, call.kwargs)), *call.outputs] for call in calls]
-    largest = max((count_bytes([group], [images, model])[0] for group in inputs_and_outputs), default=0)
+    tensors = [list(model.parameters()), trained, list(model.buffers())]
+    parameters, trainable, buffers = (sum(t.numel() * t.element_size() for t in group) for group in tensors)
+    pixels = 4 * batch_size * math.prod(size)
     memory = [
         Memory("parameters", "weights and biases", parameters, parameters),
         Memory("gradients", "one for each trainable parameter", trainable, 0),
         Memory("momentum", "SGD's running sum of gradients", trainable, 0),
         Memory("buffers", "stored but not trained", buffers, buffers),
-        Memory("input and target", "images, and in training int64 labels", pixels + 8 * len(images), pixels),
-        Memory("activations kept for backward", "the layers' column `kept`", sum(call.kept for call in calls), 0),
-        Memory("activations at work", "input and output of the largest layer", 0, largest),
+        Memory("input and target", "images, and in training int64 labels", pixels + 8 * batch_size, pixels),
+        Memory("activations kept for backward", "the layers' column `kept`", kept, 0),
+        Memory("activations at work", "input and output of the largest layer", 0, at_work),
     ]
     return [*memory, Memory("sum", "", sum(part.training for part in memory), sum(part.inference for part in memory))]
 
 
-def measure_training_step(model: nn.Module, images: Tensor) -> int:
-    """Return the most bytes that a CUDA device holds for a training step, the second one: it has momentum."""
-    own = sum(tensor.untyped_storage().nbytes() for tensor in tensors_in([images, model]))
-    others = torch.cuda.memory_allocated(images.device) - own
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    for _ in range(2):
-        torch.cuda.reset_peak_memory_stats(images.device)
-        optimizer.zero_grad()
-        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    return torch.cuda.max_memory_allocated(images.device) - others
-
-
-# Self-checks
-
-
-def run_checks(model: nn.Module, images: Tensor, run: Recorder) -> list[Check]:
-    """Compare what was computed with what the model does when it runs again; fill in MACs that have no formula."""
-    functions = [call.function for call in run.calls]
-    hooked_run = Recorder(model, images, hook=True)
-    if [call.function for call in hooked_run.calls] != functions:
-        return [Check("repetition", False, "forward does not call the same functions every time")]
-    height, width = images.shape[2:]
-    counter = FlopCounterMode(display=False) if FlopCounterMode else None
-    flops, all_flops, blind = dict.fromkeys(map(id, run.layers), 0), 0, []
-    evaluated = copy.deepcopy(model).cpu().double().eval()  # in float64 no faster algorithm spreads a NaN
-    for probes in torch.arange(height + width).split(64):
-        with torch.no_grad():
-            again = Recorder(evaluated, nan_images(height, width)[probes], counter)
-        if again.failure or [call.function for call in again.calls] != functions:
-            return [Check("evaluation mode", False, again.failure or "forward does not call what it calls in training")]
-        all_flops += counter.get_total_flops() if counter else 0
-        for call, repeated in zip(run.calls, again.calls, strict=True):
-            flops[id(call.layer)] += repeated.flops or 0
-            if call.views and not sees_what_is_computed(repeated.outputs[0], call.views, probes):
-                blind.append(call.layer.name)
-    counted = {name: count // (height + width) for name, count in flops.items()}
-    wrong_macs = [] if all_flops == sum(flops.values()) else ["functions of no image"]
-    for layer in run.layers if counter else []:
-        layer.macs = counted[id(layer)] // 2 if layer.macs is None else layer.macs
-        wrong_macs += [layer.name] if 2 * layer.macs != counted[id(layer)] else []
-
-    hooked = count_bytes((call.hooked for call in hooked_run.calls), [images, model])
-    misjudged = [call.layer.name for call, size in zip(run.calls, hooked, strict=True) if call.kept != size]
-    followed = [call for call in run.calls if call.views]
-    misshapen = [call.layer.name for call in followed if not fits(call.outputs[0], call.views)]
-    listed = sum(layer.parameters for layer in run.layers)
-    uncounted = ["the total"] if listed != sum(parameter.numel() for parameter in model.parameters()) else []
-    scope = f"{len(followed)} of {len(run.calls)} feature maps"
+def run_checks(model: nn.Module, lines: list[Layer], runs: list[Measurement], fields: FieldRun) -> list[Check]:
+    """Compare numbers that are known in two ways."""
+    listed, total = sum(line.parameters for line in lines), sum(p.numel() for p in model.parameters())
+    miscounted = [name for run in runs for name in run.miscounted]
     return [
-        verdict("shapes", misshapen, f"{scope} are followed, and have the computed size"),
-        verdict("parameters", uncounted, f"those of the layers add up to the model's {listed:,}"),
-        verdict("MACs", wrong_macs, "twice as many are the operations that torch's FLOP counter counts")
-        if counter
+        verdict("parameters", [] if listed == total else ["the total"], f"those of the layers add up to {total:,}"),
+        verdict("MACs", miscounted, "torch's FLOP counter agrees with the formula for convolutions and linear layers")
+        if FlopCounterMode
         else Check("MACs", None, "torch has its FLOP counter since version 2.1"),
-        verdict(
-            "receptive field", blind, f"in {scope} a NaN in a row or column of pixels reaches the computed units only"
-        ),
-        verdict("kept for backward", misjudged, f"autograd's hooks report the same {sum(hooked):,} bytes"),
+        verdict("windows", fields.mismatches, "convolutions and poolings read what they declare, as far as probed"),
+        check_fields(fields),
     ]
 
 
-def nan_images(height: int, width: int) -> Tensor:
-    """Return an image for each row of pixels, then one for each column (H + W, 1, H, W), with NaN there."""
-    images = torch.zeros(height + width, 1, height, width, dtype=torch.float64)
-    images[range(height), 0, range(height)] = torch.nan
-    images[range(height, height + width), 0, :, range(width)] = torch.nan
-    return images
+def check_fields(fields: FieldRun) -> Check:
+    """Probe the whole model with NaN in rows and columns of pixels: units must see what the table says."""
+    size = fields.images.shape[2:]
+    run = 10 if math.prod(size) <= 2**10 else 2 if math.prod(size) < 2**14 else 1  # see `take_pictures`
+    which = "all" if max(size) <= 3 * run else f"the first, middle, last {run}"
+    followed = [
+        (name or fields.lines[0].name, known) for name, known in fields.returned if isinstance(known, FeatureMap)
+    ]
+    try:
+        if fields.failure or not followed:
+            raise CannotFollowError(fields.failure or "no module's output is followed")
+        call = Call(partial(units_of_modules, fields.twin[""], fields.returned), (fields.images,), {})
+        if any(units.isnan().any() for units in call.replay({})):
+            raise CannotFollowError("there is NaN without NaN in the images")
+        pictures = take_pictures(call, fields.images, image_map(size), run)
+    except Exception as error:  # whatever a user's forward raises
+        return Check("receptive field", None, first_line(error))
+    passes = fields.nan_passes
+    wrong = [name for (name, known), seen in zip(followed, pictures, strict=True) if not agrees(known, seen, passes)]
+    scope = f"{len(followed)} of {len(fields.returned)} modules return what sees the right pixels"
+    return verdict("receptive field", wrong, f"{scope}: NaN in {which} rows, columns")
 
 
-def sees_what_is_computed(output: Tensor, views: tuple[View, View], probes: Tensor) -> bool:
-    """Tell whether the NaN of each probed row and column reaches those units that should see it, and no others."""
-    rows, columns = (view.seen for view in views)  # (h, H) and (w, W)
-    by_row = rows.T[:, :, None] & columns.any(1)  # (H, h, w)
-    by_column = columns.T[:, None, :] & rows.any(1)[:, None]  # (W, h, w)
-    if not fits(output, views):
+def units_of_modules(
+    model: nn.Module, returned: list[tuple[str, FeatureMap | str | None]], images: Tensor
+) -> list[Tensor]:
+    """Run a model; return, of each output that is followed, the units (N, rows, columns), NaN where they hold any."""
+    units, awaited = [], iter(returned)
+
+    def leave(name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        expected, known = next(awaited)
+        if name != expected:
+            raise CannotFollowError("the model does not call the same modules again")
+        if isinstance(known, FeatureMap):
+            numbers = as_map(tensors_in(output)[0], known.place, known.size)
+            units.append(torch.where(numbers.reshape(*numbers.shape[:3], -1).isnan().any(3), torch.nan, 0.0))
+
+    handles = add_hooks(model, lambda *_: None, leave)
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return units
+
+
+def agrees(known: FeatureMap, picture: Picture | str, nan_passes: bool) -> bool:
+    """Tell whether probed rows and columns of pixels reach the units that a map says, as far as NaN passes at all."""
+    rows, columns = (view.seen for view in known.views)  # (units, pixels)
+    if isinstance(picture, str) or not all(map(is_consistent, known.views)):
         return False
-    reached = output.reshape(len(probes), -1, len(rows), len(columns)).isnan().any(1)
-    return reached.equal(torch.cat([by_row, by_column])[probes]) and all(map(is_consistent, views))
+    by_row = rows[:, picture.probed[0]].T[:, :, None] & columns.any(1)
+    by_column = columns[:, picture.probed[1]].T[:, None, :] & rows.any(1)[:, None]
+    expected = torch.cat([by_row, by_column])
+    return picture.changed.equal(expected) if nan_passes else not (picture.changed & ~expected).any()
 
 
 def is_consistent(view: View) -> bool:
-    """Tell whether jump, receptive field and accumulated padding say what the units see."""
+    """Tell whether jump, receptive field and accumulated padding say what the units see, and no more."""
     first = torch.arange(view.axis.n_out) * view.axis.j_out - view.axis.P_out
     last = first + view.axis.r_out - 1
     pixels = torch.arange(view.seen.shape[1])
     outside = (pixels < first[:, None]) | (pixels > last[:, None])
-    inner = (first >= 0) & (last < len(pixels))  # units whose whole receptive field lies in the image
+    inner = (first >= 0) & (last < len(pixels))  # of these, those that read no padding see both ends
     ends = view.seen[inner].gather(1, torch.stack([first, last], dim=1)[inner])
-    return bool(ends.all() and not (view.seen & outside).any())
+    return bool((ends.all(1).any() or not len(ends)) and not (view.seen & outside).any())
 
 
 def verdict(name: str, wrong: list[str], finding: str) -> Check:
@@ -612,17 +576,9 @@ def verdict(name: str, wrong: list[str], finding: str) -> Check:
     return Check(name, not wrong, f"wrong at {', '.join(dict.fromkeys(wrong))}" if wrong else finding)
 
 
-def smallest_input(model: nn.Module, input_size: tuple[int, int]) -> str:
-    """Say which square images are the smallest that the model takes, if they are larger than these."""
-    model = copy.deepcopy(model).cpu().eval()
-    for size in range(1, 129):
-        try:
-            with torch.no_grad():
-                model(torch.zeros(1, 1, size, size))
-        except Exception:  # whatever a user's forward raises
-            continue
-        return f"; the smallest that work are {size}x{size}" if size > min(input_size) else ""
-    return "; no square images up to 128x128 work"
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # The report
@@ -702,9 +658,11 @@ def format_fields(analysis: Analysis) -> list[str]:
         if layer.unknown:
             rows.append([layer.name, layer.type, *"?" * 13])
             reasons.append(f"?            at {layer.name}: {layer.unknown}")
-        elif not layer.fields and not layer.is_block and layer.output_shape is not None:
+        elif not layer.fields and not layer.is_block and layer.followed:
             left_out.add(layer.name.split(".")[-1] if layer.type == "function" else layer.type)
-    note = [f"Left out, for they change none of these: {', '.join(sorted(left_out))}."] if left_out else []
+    sampled = "Of maps with more than 30 rows or columns, the first, middle and last 10 were probed; of large ones, 4."
+    note = [sampled] if max(analysis.input_size) > 30 else []
+    note += [f"Left out, for they change none of these: {', '.join(sorted(left_out))}."] if left_out else []
     return [format_table(rows, text_columns=2), FIELDS_LEGEND, *reasons, *note]
 
 
@@ -714,11 +672,7 @@ def format_memory(analysis: Analysis) -> list[str]:
     for part in analysis.memory:
         sizes = [f"{size:,} {size / 2**20:7.2f} MiB" for size in (part.training, part.inference)]
         rows.append([part.part, part.meaning, *sizes])
-    if analysis.measured_peak is None:
-        return [format_table(rows, text_columns=2)]
-    measured = f"measured: {analysis.measured_peak:,} bytes, torch.cuda.max_memory_allocated during a training step"
-    why = "It differs by the loss, gradients of activations, what cuDNN works with, and rounding up to 512 bytes."
-    return [format_table(rows, text_columns=2), measured, why]
+    return [format_table(rows, text_columns=2)]
 
 
 def format_comparison(analyses: dict[str, Analysis]) -> str:
@@ -735,42 +689,17 @@ def format_comparison(analyses: dict[str, Analysis]) -> str:
     return f"Comparison\n{format_table(rows, text_columns=2)}"
 
 
-def draw_receptive_fields(analysis: Analysis, image: Image.Image) -> Image.Image:
-    """Draw on an image of the analyzed size what the centre unit after each block sees, block beside block."""
-    blocks: dict[str, dict[str, Axis]] = {}
-    block = ""
+def centre_fields(analysis: Analysis) -> dict[str, dict[str, int]]:
+    """Return the pixels that the centre unit sees after each block, some beyond the edge of the image."""
+    blocks, block = {}, ""
     for layer in analysis.layers:
-        block = layer.name if layer.depth == 1 else block
-        if layer.fields:
-            blocks[block] = layer.fields[-1]
-    scale, margin = max(1, 224 // max(image.size)), 16
-    enlarged = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    captions = [f"{block}: {field['height'].r_out}x{field['width'].r_out}" for block, field in blocks.items()]
-    step = margin + max([enlarged.width, *(7 * len(caption) for caption in captions)])
-    picture = Image.new("RGB", (margin + step * len(blocks), enlarged.height + 3 * margin), "white")
-    draw = ImageDraw.Draw(picture)
-    for left, caption, field in zip(range(margin, picture.width, step), captions, blocks.values(), strict=True):
-        picture.paste(enlarged, (left, margin))
-        corners = []
-        for axis, pixels in ((field["width"], image.width), (field["height"], image.height)):
-            first = axis.n_out // 2 * axis.j_out - axis.P_out
-            corners.append((max(first, 0) * scale, min(first + axis.r_out, pixels) * scale - 1))
-        (x0, x1), (y0, y1) = corners
-        draw.rectangle((left + x0, margin + y0, left + x1, margin + y1), outline="red", width=3)
-        draw.text((left, margin + enlarged.height + 4), caption, fill="black")
-    return picture
-
-
-def sample_digit(data_dir: Path) -> Image.Image:
-    """Return MNIST's first test image, or a drawn seven where data_dir has no MNIST."""
-    from torchvision.datasets import MNIST  # here, for its import takes longer than analyzing a model
-
-    try:
-        return MNIST(data_dir, train=False)[0][0]
-    except RuntimeError:
-        image = Image.new("L", (28, 28))
-        ImageDraw.Draw(image).line([(6, 7), (20, 7), (12, 24)], fill=255, width=3)
-        return image
+        block = layer.name if layer.depth <= 1 else block
+        for field in layer.fields[-1:]:
+            (top, height), (left, width) = (
+                (axis.n_out // 2 * axis.j_out - axis.P_out, axis.r_out) for axis in (field["height"], field["width"])
+            )
+            blocks[block] = {"top": top, "left": left, "height": height, "width": width}
+    return blocks
 
 
 def parse_args() -> argparse.Namespace:
@@ -803,6 +732,13 @@ def main() -> None:
         raise ScriptError(f"{args.checkpoint} holds weights of {checkpoint['model_name']}: leave out --model")
     if args.image and len(names) > 1:
         raise ScriptError(f"{args.image} is to show one model: give --model one name")
+    if args.image:
+        require_matplotlib()
+        try:
+            images, _ = load_mnist(args.data_dir, train=False, device=torch.device("cpu"))
+        except OSError as error:
+            raise ScriptError(f"{args.data_dir} has no test set to draw a digit of: run download_mnist.py") from error
+        digit = nn.functional.interpolate(images[:1], tuple(args.input_size))[0, 0]
     analyses, problems = {}, []
     for name in names:
         model = build_model(name).to(args.device)
@@ -824,10 +760,7 @@ def main() -> None:
     elif len(analyses) > 1:
         print(format_comparison(analyses))
     if args.image:
-        digit = sample_digit(args.data_dir).resize(args.input_size[::-1])
-        buffer = io.BytesIO()
-        draw_receptive_fields(analysis, digit).save(buffer, "PNG")
-        write_file(args.image, buffer.getvalue())
+        draw_receptive_fields(args.image, digit, centre_fields(analysis))
     if problems:
         raise ScriptError("; ".join(problems))
 

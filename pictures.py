@@ -4,6 +4,8 @@ import importlib.util
 import io
 from pathlib import Path
 
+from torch import Tensor
+
 from utils import ScriptError, write_file
 
 
@@ -32,6 +34,29 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_file(path, picture.getvalue())
+
+
+def draw_receptive_fields(path: Path, image: Tensor, blocks: dict[str, dict[str, int]]) -> None:
+    """Draw on an image (H, W), as PNG, what the centre unit after each block sees; raise ScriptError if that fails.
+
+    A block has the pixels `top`, `left`, `height` and `width` of the rectangle.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(2.4 * len(blocks), 2.8), layout="constrained")
+    for axes, (name, field) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
+        axes.imshow(image.numpy(), cmap="gray")
+        corner = field["left"] - 0.5, field["top"] - 0.5  # a pixel's centre has its whole numbers
+        axes.add_patch(Rectangle(corner, field["width"], field["height"], fill=False, color="red", linewidth=2))
+        axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
+        axes.set(
+            xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5)
+        )  # what passes the edge is cut off
+        axes.set_axis_off()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     write_file(path, picture.getvalue())
