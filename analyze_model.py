@@ -153,6 +153,7 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, veri
     model.train()
     twin.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)  # the same noise every time
         # Of two small batches, the second shows what grows with the batch. One image alone is a case of its own.
         batches = [torch.rand(n, 1, *input_size, device=device) for n in ((2, 3) if batch_size > 1 else (1,))]
         runs = [Measurement(model, images) for images in batches]

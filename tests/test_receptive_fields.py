@@ -16,6 +16,8 @@ from analyze_model import Analysis, analyze
 from models import build_model
 from receptive_fields import Axis
 
+torch.manual_seed(0)  # the weights of the architectures below
+
 MODEL5_TABLE = """\
 3 1 0 1 28 26  1  1  1  3 0 0
 3 1 0 1 26 24  1  1  3  5 0 0
