@@ -709,7 +709,8 @@ def parse_args() -> argparse.Namespace:
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, count, models = parser.add_argument, number_type(int, 1, 10**9), list(model_classes())
-    add("--model", nargs="+", type=find_model_name, choices=[*models, "all"], help="classes, or all (default: Model5)")
+    default = f"classes, or all (default: {default_model_name()})"
+    add("--model", nargs="+", type=find_model_name, choices=[*models, "all"], help=default)
     add("--checkpoint", type=Path, help="analyze the trained weights of this file, and the class it names")
     add("--input-size", default=(28, 28), type=count, nargs=2, metavar=("H", "W"), help="pixels (default: 28 28)")
     add("--batch-size", type=count, help="images in a training step (default: 128 on a GPU, 64 on a CPU)")

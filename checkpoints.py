@@ -128,7 +128,7 @@ def prepare_new_run(folder: Path) -> None:
 
 
 def prepare_to_resume(folder: Path, checkpoint: dict) -> None:
-    """Move the files of later epochs out of the way, and put the best of the others in its place."""
+    """Move the files of later epochs out of the way, and see that the best of the others and the log are there."""
     best, best_epoch = folder / BEST, 0
     with contextlib.suppress(ScriptError):  # missing or damaged
         best_epoch = load_checkpoint(best)["epoch"]
@@ -139,6 +139,7 @@ def prepare_to_resume(folder: Path, checkpoint: dict) -> None:
     if best_epoch != checkpoint["best_epoch"]:
         with contextlib.suppress(ScriptError):
             save_checkpoint(best, load_checkpoint(folder / f"mnist_model_epoch_{checkpoint['best_epoch']}.pth"))
+    save_log(folder / LOG, checkpoint["history"])
 
 
 def set_aside(folder: Path, paths: list[Path]) -> None:

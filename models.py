@@ -150,7 +150,8 @@ def default_model_name() -> str:
 
 def find_model_name(name: str) -> str:
     """Return the class name that `name` spells in upper or lower case, or `name` itself if there is none."""
-    return {class_name.lower(): class_name for class_name in model_classes()}.get(name.lower(), name)
+    names = list(model_classes())
+    return next((each for each in names if each.lower() == name.lower() and name not in names), name)
 
 
 def build_model(name: str) -> nn.Module:

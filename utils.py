@@ -34,7 +34,7 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as interrupted:
         print(f"{script}: interrupted; {getattr(interrupted, 'advice', 'run it again')}", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # if exiting takes long, a second Ctrl-C ends it at once
-        sys.exit(128 + interrupted.args[0])
+        sys.exit(128 + (interrupted.args or [signal.SIGINT])[0])
     except (ScriptError, OSError) as error:
         sys.exit(f"{script}: error: {error}")
 

@@ -263,6 +263,7 @@ def test_the_best_file_is_restored(
             scripted(tmp_path, [50.0, 40.0, 70.0], "--epochs", 3)
         except KeyboardInterrupt:
             assert load_checkpoint(tmp_path / BEST)["epoch"] == 1
+            assert (tmp_path / LOG).read_text().count("\n") == 3  # two epochs
     if state == "missing":
         (tmp_path / BEST).unlink()
     elif state != "not saved yet":
@@ -271,6 +272,7 @@ def test_the_best_file_is_restored(
     assert ("nothing left to do" in output) == (epochs == 3)
     assert "Moved" not in output
     assert_same(load_checkpoint(tmp_path / BEST), load_checkpoint(tmp_path / THREE))
+    assert (tmp_path / LOG).read_text().count("\n") == epochs + 1  # the log is whole, too
 
 
 class Bomb:

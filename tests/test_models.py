@@ -74,7 +74,10 @@ def test_a_comment_stands_where_shape_or_receptive_field_changes_and_is_true(nam
     assert source.count("#") == sum(bool(comment) for _, comment in lines)  # no comment elsewhere
 
 
-def test_names_in_upper_and_lower_case() -> None:
+def test_names_in_upper_and_lower_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "model_classes", lambda: {"Net": nn.Linear, "net": nn.ReLU})
+        assert [models.find_model_name(name) for name in ("Net", "net", "NET")] == ["Net", "net", "Net"]
     assert [models.find_model_name(name) for name in ("mODEL2", "Model3")] == ["Model2", "Model3"]
     assert type(models.build_model("mODEL2")) is models.Model2
     assert list(models.model_classes()) == list(PARAMETERS)
