@@ -90,7 +90,6 @@ def test_own_classes_need_no_second_place(tmp_path: Path) -> None:
         shutil.copy(script, tmp_path)
     (tmp_path / "models.py").write_text((ROOT / "models.py").read_text() + OWN_CLASSES)
     for script in SCRIPTS:
-        assert f"{{{','.join(LISTING)}" in run(f"{script.__name__}.py", "--help", cwd=tmp_path).stdout
         assert_one_line(run(f"{script.__name__}.py", "--model", "nonsense", cwd=tmp_path), "nonsense", *LISTING)
     result = run("analyze_model.py", "--model", "tinynet", "passing", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -126,19 +126,6 @@ class TestRun:
             for name, tensor in first["model_state_dict"].items():
                 assert name.endswith("num_batches_tracked") or not tensor.equal(second["model_state_dict"][name])
 
-    def test_an_earlier_run_is_kept(self, train: Callable, tmp_path: Path) -> None:
-        old = {name: f"my {name}" for name in ("mnist_model_epoch_7.pth", "best_mnist_model.pth")}
-        for name, text in (old | {"notes.txt": "mine"}).items():
-            (tmp_path / name).write_text(text)
-        new = {"best_mnist_model.pth", "mnist_model_epoch_1.pth", "training_log.csv"}
-        for run_number in (1, 2):
-            assert f"earlier_run_{run_number}" in train(tmp_path, "--epochs", 1, "--model", "model1")
-            assert {path.name for path in tmp_path.iterdir() if path.is_file()} == new | {"notes.txt"}
-            assert len(read_log(tmp_path)) == 1
-        assert {path.name: path.read_text() for path in (tmp_path / "earlier_run_1").iterdir()} == old
-        assert {path.name for path in (tmp_path / "earlier_run_2").iterdir()} == new
-        assert (tmp_path / "notes.txt").read_text() == "mine"
-
     @pytest.mark.parametrize("val_size", [0, 40])
     def test_best(self, val_size: int, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         choosing = [50.0, 70.0, 70.0, 60.0]  # epoch 2 is the best, for epoch 3 is not strictly better
