@@ -1,7 +1,6 @@
 """What a training run leaves in its folder, and how the next run finds it.
 
-1. After epoch X a run writes mnist_model_epoch_X.pth, and best_mnist_model.pth if X is its best epoch so far; a file
-   under one of these names is always whole.
+1. After epoch X a run writes mnist_model_epoch_X.pth, always whole, and best_mnist_model.pth if X is its best so far.
 2. A new run moves the files of an earlier one to earlier_run_N just before it writes its first, so nothing is
    overwritten.
 3. A resumed run goes on in the folder of its checkpoint and ends with the files of a run that was never interrupted.
@@ -56,8 +55,7 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
     try:
         data = path.read_bytes()
         archive = zipfile.ZipFile(io.BytesIO(data))
-        marked = any(part.external_attr & 0x10 for part in archive.infolist())  # as a folder: torch would not read it
-        if marked or archive.testzip():  # the name of the first damaged part
+        if archive.testzip() or any(part.external_attr & 0x10 for part in archive.infolist()):  # torch skips folders
             raise ValueError("it is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.0 warns about what it does itself
@@ -145,8 +143,7 @@ def prepare_to_resume(folder: Path, checkpoint: dict) -> None:
 def set_aside(folder: Path, paths: list[Path]) -> None:
     """Move files to folder/earlier_run_N, the first of that name that is free."""
     if paths:
-        candidates = (folder / f"earlier_run_{n}" for n in itertools.count(1))
-        target = next(path for path in candidates if not path.exists())
+        target = next(path for n in itertools.count(1) if not (path := folder / f"earlier_run_{n}").exists())
         target.mkdir()
         for path in paths:
             path.rename(target / path.name)

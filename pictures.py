@@ -53,9 +53,7 @@ def draw_receptive_fields(path: Path, image: Tensor, blocks: dict[str, dict[str,
         corner = field["left"] - 0.5, field["top"] - 0.5  # a pixel's centre has its whole numbers
         axes.add_patch(Rectangle(corner, field["width"], field["height"], fill=False, color="red", linewidth=2))
         axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
-        axes.set(
-            xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5)
-        )  # what passes the edge is cut off
+        axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))  # the image, no more
         axes.set_axis_off()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
