@@ -119,7 +119,7 @@ def check_files(raw: Path) -> None:
 def main() -> None:
     """Run one of the two."""
     what, kills = sys.argv[1], int(sys.argv[2])
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # imports much of torch, which no child then has to
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)  # imports much of torch, which no child then has to
     files = make_tiny_files()
     download_mnist.FILES = sums_of(files)
     with tempfile.TemporaryDirectory() as folder:

@@ -346,7 +346,8 @@ def test_damaged_or_foreign_file(damage: Callable | None, reason: str, folder: P
 
 def test_every_script_names_a_damaged_file_in_one_line(tiny_command: Callable, folder: Path) -> None:
     path = folder / FOUR
-    path.write_bytes(flip(path.read_bytes(), path.stat().st_size // 2))
+    data, weights = path.read_bytes(), load_checkpoint(path)["model_state_dict"]
+    path.write_bytes(flip(data, data.index(weights[LAST].numpy().tobytes())))
     assert_one_line(run(*tiny_command("train_test_mnist.py", "--resume", path)), str(path), "damaged")
     assert_one_line(run("analyze_model.py", "--checkpoint", path), str(path), "damaged")
 
@@ -446,7 +447,11 @@ def test_how_soon_training_notices(log_interval: int, batches: int) -> None:
     model = torch.nn.Linear(1, 10)
     gives = [torch.ones(10), torch.ones(10), torch.full((10,), torch.inf), torch.ones(10), torch.ones(10)]
     model.forward = lambda x: model.weight[:, 0] * gives.pop(0).expand(len(x), 10)
-    optimizer, images, labels = torch.optim.SGD(model.parameters()), torch.zeros(9, 1), torch.zeros(9, dtype=torch.long)
+    optimizer, images, labels = (
+        torch.optim.SGD(model.parameters(), 0.1),
+        torch.zeros(9, 1),
+        torch.zeros(9, dtype=torch.long),
+    )
     with raises(FloatingPointError, match=f"the loss is nan after {batches} batches"):
         train_test_mnist.train_one_epoch(model, optimizer, None, images, labels, 2, log_interval=log_interval)
 
