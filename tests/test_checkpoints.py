@@ -447,11 +447,8 @@ def test_how_soon_training_notices(log_interval: int, batches: int) -> None:
     model = torch.nn.Linear(1, 10)
     gives = [torch.ones(10), torch.ones(10), torch.full((10,), torch.inf), torch.ones(10), torch.ones(10)]
     model.forward = lambda x: model.weight[:, 0] * gives.pop(0).expand(len(x), 10)
-    optimizer, images, labels = (
-        torch.optim.SGD(model.parameters(), 0.1),
-        torch.zeros(9, 1),
-        torch.zeros(9, dtype=torch.long),
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images, labels = torch.zeros(9, 1), torch.zeros(9, dtype=torch.long)
     with raises(FloatingPointError, match=f"the loss is nan after {batches} batches"):
         train_test_mnist.train_one_epoch(model, optimizer, None, images, labels, 2, log_interval=log_interval)
 
