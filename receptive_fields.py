@@ -120,6 +120,8 @@ def reads_of(window: Window, n_out: int, n_in: int) -> Tensor:
 def fit_window(reads: Tensor, probed: Tensor, n_in: int) -> Window | None:
     """Return a window that reads, of the units `probed`, those in `reads` (n_out, len(probed)), or None."""
     counts = reads.sum(1)
+    if not counts.any():
+        return None
     place = int(counts.argmax())  # where the whole window is in the map
     units = probed[reads[place]]
     d = int(units.diff().min()) if len(units) > 1 else 1

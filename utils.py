@@ -1,13 +1,12 @@
 """What every script needs: expected errors, files that are written whole, argument types."""
 
-import argparse
 import contextlib
 import math
 import os
 import signal
 import sys
-import time
 import uuid
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,15 +59,13 @@ def write_file(path: Path, data: bytes) -> None:
         raise ScriptError(f"cannot write {path}: {error.strerror}; make room there or choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every system can open or sync a folder
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # not every system can open or sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        stack.callback(os.close, folder)
+        os.fsync(folder)
     for left_over in path.parent.glob(f"{path.name}.{'[0-9a-f]' * 32}.tmp"):  # of a killed process
         with contextlib.suppress(OSError):  # another process may have removed it
-            if time.time() - left_over.stat().st_mtime > 600:  # seconds; no write takes that long
+            if path.stat().st_mtime - left_over.stat().st_mtime > 600:  # seconds; no write takes that long
                 left_over.unlink()
 
 
@@ -81,7 +78,7 @@ def number_type(kind: type, low: float, below: float = math.inf) -> Callable[[st
         with contextlib.suppress(ValueError):
             if low <= (number := kind(text)) < below:
                 return number
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} of at least {low}{limit}")
+        raise ArgumentTypeError(f"{text!r} is not a {noun} of at least {low}{limit}")
 
     return parse
 
@@ -94,8 +91,7 @@ def device_type(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        message = f"cannot use {name!r} ({str(error).splitlines()[0]}); use auto or cpu"
-        raise argparse.ArgumentTypeError(message) from error
+        raise ArgumentTypeError(f"cannot use {name!r} ({str(error).splitlines()[0]}); use auto or cpu") from error
     return torch.device(name)
 
 
