@@ -118,3 +118,9 @@ def test_auto_device(offered: list[str], monkeypatch: MonkeyPatch) -> None:
     device = device_type("auto")
     assert device == torch.device(offered[0])
     assert default_batch_size(device) == (64 if offered == ["cpu"] else 128)
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta"])
+def test_wrong_device(name: str) -> None:
+    with raises(ArgumentTypeError, match=rf"^cannot use '{name}' \(.*\); use auto or cpu$"):
+        device_type(name)
