@@ -89,13 +89,13 @@ class Layer:
     depth: int
     type: str
     is_block: bool = False
-    output_shape: tuple[int, ...] | None = None  # of one image; None where no output came
+    output_shape: tuple[int, ...] | None = None  # of one image; None if no output came
     weight: int = 0
     bias: int = 0
     parameters: int = 0
     share: float = 0.0  # per cent of the model's parameters
     buffers: int = 0
-    macs: int | None = 0  # per image; None where not known
+    macs: int | None = 0  # per image; None if not known
     kept: int = 0  # bytes, for the batch
     fields: list[dict[str, Axis]] = dataclasses.field(default_factory=list)  # height and width, if it changes them
     followed: bool = False  # whether the receptive field after it is known
@@ -114,7 +114,7 @@ class Memory:
 
 @dataclasses.dataclass
 class Check:
-    """The verdict of one self-check; passed is None where it could not be made."""
+    """The verdict of one self-check; passed is None if it could not be made."""
 
     name: str
     passed: bool | None
@@ -145,8 +145,8 @@ class Analysis:
 def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, verify: bool = True) -> Analysis:
     """Analyze a model on grey images (batch_size, 1, *input_size) on the model's device; the model stays as it is.
 
-    Images that the model does not take are no error: then `failure` says why. Raises RuntimeError where an in-place
-    function destroys what autograd has kept, for then the model cannot be trained. Without `verify` no check is made.
+    Images that the model does not take are no error: then `failure` says why. Raises RuntimeError if an in-place
+    function destroys what autograd has kept, because then the model cannot be trained. No checks without `verify`.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     architecture, model, twin = str(model), copy_model(model), copy_model(model).cpu().double()
@@ -196,7 +196,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 def add_hooks(model: nn.Module, enter: Callable, leave: Callable) -> list:
     """Call enter(name, module, args, kwargs) before each module and leave(..., output) after it; return the handles."""
     handles = []
-    for name, module in model.named_modules():  # called by way of nn.Module, for scripted modules do not offer hooks
+    for name, module in model.named_modules():  # through nn.Module because scripted modules offer no hooks
         handles.append(nn.Module.register_forward_pre_hook(module, partial(enter, name), with_kwargs=True))
         handles.append(nn.Module.register_forward_hook(module, partial(leave, name), with_kwargs=True))
     return handles
@@ -288,7 +288,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def try_backward(model: nn.Module, images: Tensor) -> None:
-    """Raise RuntimeError where an in-place function has destroyed what autograd kept."""
+    """Raise RuntimeError if an in-place function has destroyed what autograd kept."""
     outputs = [tensor for tensor in tensors_in(model(images)) if tensor.requires_grad]
     try:
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
@@ -347,7 +347,7 @@ class FieldRun(TorchFunctionMode):
         self.running.append((line, len(self.lines), [(tensor, self.maps[key]) for key, tensor in sources.items()]))
 
     def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        """Note what a module returns; follow it as a whole where a call in it cannot be followed."""
+        """Note what a module returns; follow it as a whole if a call in it cannot be followed."""
         line, start, sources = self.running.pop()
         tensors, inside = tensors_in(output), self.lines[start:]
         if sources:
@@ -368,7 +368,7 @@ class FieldRun(TorchFunctionMode):
         self.returned.append((name, self.maps.get(id(tensors[0])) if tensors else None))
 
     def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
-        """Make the call; follow it where something comes from the images, and give it a line outside torch's layers."""
+        """Make the call; follow it if something comes from the images, and give it a line outside torch's layers."""
         given, kwargs = tensors_in((args, kwargs)), kwargs or {}
         self.used.update(map(id, given))
         if self.replaying or not self.running or not any(id(tensor) in self.maps for tensor in given):
@@ -530,7 +530,7 @@ def check_fields(fields: FieldRun) -> Check:
 def units_of_modules(
     model: nn.Module, returned: list[tuple[str, FeatureMap | str | None]], images: Tensor
 ) -> list[Tensor]:
-    """Run a model; return, of each output that is followed, the units (N, rows, columns), NaN where they hold any."""
+    """Run a model; return, of each output that is followed, the units (N, rows, columns), NaN if they hold any."""
     units, awaited = [], iter(returned)
 
     def leave(name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
@@ -668,7 +668,7 @@ def format_fields(analysis: Analysis) -> list[str]:
 
 
 def format_memory(analysis: Analysis) -> list[str]:
-    """Return the table of memory, and what a CUDA device measured."""
+    """Return the table of memory."""
     rows: list[list[object]] = [["part", "what it is", "training", "inference"]]
     for part in analysis.memory:
         sizes = [f"{size:,} {size / 2**20:7.2f} MiB" for size in (part.training, part.inference)]

@@ -151,7 +151,8 @@ def default_model_name() -> str:
 def find_model_name(name: str) -> str:
     """Return the class name that `name` spells in upper or lower case, or `name` itself if there is none."""
     names = list(model_classes())
-    return next((each for each in names if each.lower() == name.lower() and name not in names), name)
+    spelled = {each.lower(): each for each in reversed(names)}  # the first of names that differ in case alone
+    return name if name in names else spelled.get(name.lower(), name)
 
 
 def build_model(name: str) -> nn.Module:

@@ -34,9 +34,7 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    write_file(path, picture.getvalue())
+    save_figure(path, figure)
 
 
 def draw_receptive_fields(path: Path, image: Tensor, blocks: dict[str, dict[str, int]]) -> None:
@@ -55,6 +53,11 @@ def draw_receptive_fields(path: Path, image: Tensor, blocks: dict[str, dict[str,
         axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
         axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))  # the image, no more
         axes.set_axis_off()
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: object) -> None:
+    """Write a matplotlib Figure as PNG; raise ScriptError if that fails."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     write_file(path, picture.getvalue())

@@ -39,9 +39,9 @@ class Axis:
     After it, unit i sees pixels i * j_out - P_out to i * j_out - P_out + r_out - 1, those outside the image left out.
     """
 
-    k: int | None  # the window; None where branches meet. s is 0 where all units read the same
+    k: int | None  # the window; None if branches meet. s is 0 if all units read the same
     s: int | None
-    p: int | None  # negative where the map is cropped
+    p: int | None  # negative if the map is cropped
     d: int | None
     n_in: int  # size of the map
     n_out: int
@@ -183,12 +183,11 @@ def results_of(output: object, given: list[Tensor], versions: list[int]) -> list
 
 
 class Call(NamedTuple):
-    """A call to repeat, with floating tensors of a dtype: in float64 no fast algorithm spreads a NaN."""
+    """A call to repeat in float64, in which no fast algorithm spreads a NaN."""
 
     func: Callable
     args: tuple
     kwargs: dict
-    dtype: torch.dtype = torch.float64
 
     def replay(self, replaced: dict[int, Tensor]) -> list[Tensor]:
         """Return the results on copies of the arguments, or of the tensors that replace them, by the ids of those."""
@@ -196,7 +195,7 @@ class Call(NamedTuple):
 
         def copy_of(tensor: Tensor) -> Tensor:
             tensor = replaced.get(id(tensor), tensor)
-            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+            dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
             copies.append(tensor.to(dtype, copy=True, memory_format=torch.contiguous_format))
             return copies[-1]
 
@@ -251,8 +250,8 @@ class Picture(NamedTuple):
             return None
         if not by_column.equal(columns.T[:, None, :] & alive.any(1)[:, None]):
             return None
-        # The numbers of a unit may see different parts of what the unit sees, as after pixel_unshuffle; but where all
-        # units see the same, they must see all of it. Else rows or columns lie where this place has channels.
+        # The numbers of a unit may see different parts of what the unit sees, as after pixel_unshuffle; but if all
+        # units see the same, they must see all of it. Otherwise the rows or columns of this place are channels.
         used = numbers[0].any(0) | numbers[1].any(0)
         for reads, part in ((rows, numbers[0]), (columns, numbers[1])):
             if (reads == reads[0]).all() and not part.equal(reads[0][:, None, None, None] & used):
@@ -264,7 +263,7 @@ def take_pictures(call: Call, source: Tensor, source_map: FeatureMap, run: int) 
     """Repeat a call with probes in one of its arguments; return a picture of each result, or why there is none.
 
     Of more than 3 * run rows or columns only the first, the middle and the last run are probed. Each image has one
-    probe, but the last has none, so that it shows where images are mixed. Where NaN does not come out as NaN, other
+    probe, but the last has none, so that it shows if images are mixed. If NaN does not come out as NaN, other
     values are tried, too; and what a choice between two tensors hides shows when the choice is inverted.
     """
     some = [torch.cat([torch.arange(run) + start for start in (0, (n - run) // 2, n - run)]) for n in source_map.size]

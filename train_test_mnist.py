@@ -136,9 +136,9 @@ def main() -> None:
     try:
         for epoch in range(done + 1, args.epochs + 1):
             seed_epoch(args.seed, epoch)
-            start, lr, bar = time.perf_counter(), optimizer.param_groups[0]["lr"], f"epoch {epoch}/{args.epochs}"
+            start, lr, title = time.perf_counter(), optimizer.param_groups[0]["lr"], f"epoch {epoch}/{args.epochs}"
             train_loss, train_accuracy = train_one_epoch(
-                model, optimizer, scheduler, *train_set, args.batch_size, args.augment, args.log_interval, bar
+                model, optimizer, scheduler, *train_set, args.batch_size, args.augment, args.log_interval, title
             )
             val_loss, val_accuracy = evaluate(model, *val_set, args.test_batch_size) if val_set else (None, None)
             test_loss, test_accuracy = evaluate(model, *test_set, args.test_batch_size)
