@@ -18,93 +18,89 @@ from torch import Tensor
 
 import download_mnist
 import train_test_mnist
+from checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
+FOUR_EPOCHS = "--epochs", 4, "--batch-size", 16, "--lr", 0.05
 REAL_SOURCES = (ROOT / "data" / "MNIST" / "raw", ROOT.parent / "shared" / "mnist")
 
 os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}  # for scripts: no waiting for each other, one width
 torch.set_num_threads(1)
 
-# Runs a script as `python script.py ...` would, with the tiny data set for MNIST and no mirror
-ON_TINY_MNIST = """
-import runpy, sys
-import download_mnist
-download_mnist.FILES = {files!r}
-download_mnist.MIRRORS = ()
-sys.argv = {argv!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    """Return an array of uint8 as an IDX file."""
-    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-def tiny_arrays(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return images (N, 28, 28) and labels (N,) that are easy to learn: each digit lights its own spot."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 10, count).astype(np.uint8)
-    images = rng.integers(0, 60, (count, 28, 28)).astype(np.uint8)
-    for image, label in zip(images, labels, strict=True):
-        row, column = 2 + 13 * (label // 5), 1 + 5 * (label % 5)
-        image[row : row + 9, column : column + 4] += 190
-    return images, labels
-
 
 def make_tiny_files() -> dict[str, bytes]:
-    """Return the four IDX files of a data set of 200 training and 100 test images."""
-    (train_images, train_labels), (test_images, test_labels) = (tiny_arrays(200, seed=1), tiny_arrays(100, seed=2))
-    return {
-        "train-images-idx3-ubyte": idx_bytes(train_images),
-        "train-labels-idx1-ubyte": idx_bytes(train_labels),
-        "t10k-images-idx3-ubyte": idx_bytes(test_images),
-        "t10k-labels-idx1-ubyte": idx_bytes(test_labels),
-    }
+    """Return the IDX files of a data set that is easy to learn: each digit lights its own spot."""
+    files, rng = {}, np.random.default_rng(1)
+    for part, count in (("train", 200), ("t10k", 100)):
+        labels = rng.integers(0, 10, count).astype(np.uint8)
+        images = rng.integers(0, 60, (count, 28, 28)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            row, column = 2 + 13 * (label // 5), 1 + 5 * (label % 5)
+            image[row : row + 9, column : column + 4] += 190
+        files[f"{part}-images-idx3-ubyte"] = struct.pack(">4B3I", 0, 0, 8, 3, *images.shape) + images.tobytes()
+        files[f"{part}-labels-idx1-ubyte"] = struct.pack(">4BI", 0, 0, 8, 1, count) + labels.tobytes()
+    return files
 
 
-def sums_of(files: dict[str, bytes]) -> dict[str, tuple[int, str]]:
-    """Return size and SHA-256 of the files, in the form of download_mnist.FILES."""
-    return {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+TINY_FILES = make_tiny_files()
+TINY_SUMS = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in TINY_FILES.items()}
+
+# Runs the script that is named first, as `python script.py ...` would, with the tiny data set for MNIST and no mirror
+ON_TINY_MNIST = f"""
+import runpy, sys, download_mnist
+download_mnist.FILES, download_mnist.MIRRORS = {TINY_SUMS}, ()
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="session")
 def tiny_files() -> dict[str, bytes]:
     """The tiny data set's four IDX files."""
-    return make_tiny_files()
+    return TINY_FILES
 
 
 @pytest.fixture(scope="session")
-def tiny_sums(tiny_files: dict[str, bytes]) -> dict[str, tuple[int, str]]:
+def tiny_sums() -> dict[str, tuple[int, str]]:
     """The tiny files in the form of download_mnist.FILES."""
-    return sums_of(tiny_files)
+    return TINY_SUMS
 
 
 @pytest.fixture
-def tiny_mnist(monkeypatch: pytest.MonkeyPatch, tiny_sums: dict[str, tuple[int, str]]) -> None:
+def tiny_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let download_mnist, in this process, take the tiny data set for MNIST."""
-    monkeypatch.setattr(download_mnist, "FILES", tiny_sums)
+    monkeypatch.setattr(download_mnist, "FILES", TINY_SUMS)
 
 
 @pytest.fixture
-def tiny_gz(tmp_path: Path, tiny_files: dict[str, bytes]) -> Path:
+def tiny_gz(tmp_path: Path) -> Path:
     """A folder with the tiny data set's four .gz files."""
     folder = tmp_path / "gz"
     folder.mkdir()
-    for name, data in tiny_files.items():
+    for name, data in TINY_FILES.items():
         (folder / f"{name}.gz").write_bytes(gzip.compress(data))
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_files: dict[str, bytes]) -> Path:
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder, as --data-dir expects it, with the tiny data set in place."""
     data_dir = tmp_path_factory.mktemp("data")
     raw = data_dir / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name, data in tiny_files.items():
+    for name, data in TINY_FILES.items():
         (raw / name).write_bytes(data)
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> tuple[Path, str]:
+    """The checkpoint folder and the output of four epochs of Model5, started as a user would."""
+    folder = tmp_path_factory.mktemp("trained") / "new" / "checkpoints"
+    options = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--device", "cpu", *FOUR_EPOCHS
+    result = run("-c", ON_TINY_MNIST, "train_test_mnist.py", *options)
+    assert (result.returncode, result.stderr) == (0, "")  # no progress bar where nobody watches
+    return folder, result.stdout
 
 
 @pytest.fixture
@@ -141,9 +137,25 @@ def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="session")
-def tiny_command(tiny_sums: dict[str, tuple[int, str]]) -> Callable[..., list[str]]:
+def tiny_command() -> Callable[..., list[str]]:
     """Return a function that gives Python's arguments for a script and its options on the tiny data set."""
-    return lambda *argv: ["-c", ON_TINY_MNIST.format(files=tiny_sums, argv=list(map(str, argv)))]
+    return lambda *argv: ["-c", ON_TINY_MNIST, *map(str, argv)]
+
+
+class Bomb:
+    """Creates a file in the working folder when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        """Return what to call with what."""
+        return Path.touch, (Path("executed"),)
+
+
+def load_all(folder: Path) -> dict[str, dict]:
+    return {path.name: load_checkpoint(path, to_resume=True) for path in folder.glob("*.pth")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_same(first: object, second: object) -> None:

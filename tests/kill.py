@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conftest import assert_same, make_tiny_files, sums_of
+from conftest import TINY_FILES, TINY_SUMS, assert_same
 
 import download_mnist
 import train_test_mnist
@@ -120,12 +120,11 @@ def main() -> None:
     """Run one of the two."""
     what, kills = sys.argv[1], int(sys.argv[2])
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)  # imports much of torch, which no child then has to
-    files = make_tiny_files()
-    download_mnist.FILES = sums_of(files)
+    download_mnist.FILES = TINY_SUMS
     with tempfile.TemporaryDirectory() as folder:
         source, workplace = Path(folder, "source"), Path(folder, "workplace")
         source.mkdir()
-        for name, data in files.items():
+        for name, data in TINY_FILES.items():
             (source / f"{name}.gz").write_bytes(gzip.compress(data))
         if what == "training":
             download_mnist.download_mnist(Path(folder, "data"), str(source))

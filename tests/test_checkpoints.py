@@ -1,6 +1,5 @@
 """Nothing lost: resuming, earlier runs, damaged files, full disks, losses that are not finite, kills."""
 
-import contextlib
 import itertools
 import os
 import pickle
@@ -8,62 +7,40 @@ import random
 import re
 import resource
 import shutil
-import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
-from operator import delitem, setitem
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import assert_one_line, assert_same, run
-from pytest import CaptureFixture, MonkeyPatch, raises
+from conftest import FOUR_EPOCHS, Bomb, assert_one_line, assert_same, contents, load_all, run
+from pytest import CaptureFixture, FixtureRequest, MonkeyPatch, raises
 
-import checkpoints
 import train_test_mnist
 from checkpoints import BEST, CURVES, LOG, epoch_files, find_newest_checkpoint, load_checkpoint
 from download_mnist import download_mnist, is_original
 from utils import ScriptError
 
 ONE, TWO, THREE, FOUR = (f"mnist_model_epoch_{epoch}.pth" for epoch in (1, 2, 3, 4))
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, tiny_command: Callable, tiny_data: Path) -> Path:
-    """A folder with the files of four epochs of Model5 in one go."""
-    folder = tmp_path_factory.mktemp("straight")
-    options = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--epochs", 4, "--batch-size", 16, "--device", "cpu"
-    result = run(*tiny_command("train_test_mnist.py", *options))
-    assert result.returncode == 0, result.stderr
-    return folder
+LAST = "output_block.1.weight"
 
 
 @pytest.fixture
-def folder(straight: Path, tmp_path: Path) -> Path:
-    """A copy of that folder, to be damaged."""
-    return Path(shutil.copytree(straight, tmp_path / "checkpoints"))
+def folder(trained: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the files of four epochs of Model5, to be damaged."""
+    return Path(shutil.copytree(trained[0], tmp_path / "checkpoints"))
 
 
 @pytest.fixture
-def scripted(train: Callable, monkeypatch: MonkeyPatch) -> Callable[..., str]:
-    """Like `train`, but nothing is learned, and the epochs' test accuracies are given."""
-
-    def scripted(folder: Path, accuracies: list[float], *options: object) -> str:
-        given = iter(accuracies)
-        monkeypatch.setattr(train_test_mnist, "train_one_epoch", lambda *args: (1.0, 10.0))
-        monkeypatch.setattr(train_test_mnist, "evaluate", lambda *args: (1.0, next(given)))
-        return train(folder, *options)
-
-    return scripted
-
-
-def load_all(folder: Path) -> dict[str, dict]:
-    return {path.name: load_checkpoint(path, to_resume=True) for path in folder.glob("*.pth")}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def accuracies(monkeypatch: MonkeyPatch) -> list[float]:
+    """The test accuracies of the epochs to come, in which nothing is learned; to be filled."""
+    accuracies: list[float] = []
+    monkeypatch.setattr(train_test_mnist, "train_one_epoch", lambda *args: (1.0, 10.0))
+    monkeypatch.setattr(train_test_mnist, "evaluate", lambda *args: (1.0, accuracies.pop(0)))
+    return accuracies
 
 
 def rows(output: str) -> list[list[str]]:
@@ -71,16 +48,9 @@ def rows(output: str) -> list[list[str]]:
     return [line.split()[:-1] for line in output.splitlines() if re.match(r" +\d+ ", line)]
 
 
-def interrupt_after(name: str, monkeypatch: MonkeyPatch) -> None:
-    """Let an interrupt come just after the file of that name is saved."""
-    save = checkpoints.save_checkpoint
-
-    def save_and_stop(path: Path, checkpoint: dict) -> None:
-        save(path, checkpoint)
-        if path.name == name:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints, "save_checkpoint", save_and_stop)
+def assert_refused(path: Path, reason: str = "", to_resume: bool = False) -> None:
+    with raises(ScriptError, match=rf"^{path} is not an intact checkpoint: .*{reason}.*; name another file\Z"):
+        load_checkpoint(path, to_resume)
 
 
 @pytest.mark.parametrize(("model", "momentum"), [("Model1", 0), ("Model2", 0.9), ("Model5", 0.8)])
@@ -110,7 +80,7 @@ def test_options_are_remembered_and_epochs_may_grow(train: Callable, folder: Pat
     assert [row[0] for row in rows(train(folder, "--resume", "--epochs", 6))] == ["5", "6"]
     (folder / "mnist_model_epoch_6.pth").unlink()
     assert [row[0] for row in rows(train(folder, "--resume"))] == ["6"]
-    same = "--model", "MODEL5", "--batch-size", 16, "--lr", 1e-2, "--momentum", 0.9, "--seed", 1
+    same = "--model", "MODEL5", "--batch-size", 16, "--lr", 5e-2, "--momentum", 0.9, "--seed", 1
     assert [row[0] for row in rows(train(folder, "--resume", *same, "--epochs", 7))] == ["7"]
     monkeypatch.setattr("sys.argv", ["train_test_mnist.py", "--resume", str(folder / TWO)])
     args, recipe, _ = train_test_mnist.parse_args()
@@ -119,35 +89,30 @@ def test_options_are_remembered_and_epochs_may_grow(train: Callable, folder: Pat
 
 
 @pytest.mark.parametrize(
-    ("option", "given", "stored"),
+    ("given", "stored"),
     [
-        ("--model", "Model1", "Model5"), ("--batch-size", 8, 16), ("--lr", 0.5, 0.01), ("--momentum", 0.5, 0.9),
-        ("--seed", 2, 1), ("--val-size", 20, 0), ("--lr-scheduler", "onecyclelr", "constant"),
-        ("--augment", True, False), ("--weight-decay", 0.1, 0.0), ("--checkpoint-dir", "other", "straight0"),
+        ("--model Model1", "Model5"), ("--batch-size 8", 16), ("--lr 0.5", 0.05), ("--momentum 0.5", 0.9),
+        ("--seed 2", 1), ("--val-size 20", 0), ("--lr-scheduler onecyclelr", "constant"), ("--augment", False),
+        ("--weight-decay 0.1", 0.0), ("--checkpoint-dir other", "/.*/checkpoints"),
     ],
 )  # fmt: skip
-def test_a_contradiction_is_refused(
-    option: str, given: object, stored: object, train: Callable, straight: Path, capsys: CaptureFixture
-) -> None:
-    before = contents(straight)
-    with raises(SystemExit) as stop:
-        train(straight, "--resume", straight / FOUR, *[option] if given is True else [option, given])
-    result = subprocess.CompletedProcess(option, stop.value.code, stderr=capsys.readouterr().err)
-    assert_one_line(result, f"{option} {given} contradicts {straight / FOUR}", f"{stored}; leave it out")
-    assert contents(straight) == before
+def test_a_contradiction(given: str, stored: object, train: Callable, folder: Path, capsys: CaptureFixture) -> None:
+    before = contents(folder)
+    with raises(SystemExit, match="2"):
+        train(folder, "--resume", folder / FOUR, *given.split())
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"{given}( True)? contradicts {folder / FOUR}, whose run has {stored}; leave it out$", error)
+    assert contents(folder) == before
 
 
-def test_resume_takes_the_newest_intact_file(
-    train: Callable, folder: Path, straight: Path, capsys: CaptureFixture
-) -> None:
+def test_resume_takes_the_newest_intact_file(train: Callable, folder: Path, capsys: CaptureFixture) -> None:
+    expected = load_all(folder)
     (folder / FOUR).write_bytes((folder / FOUR).read_bytes()[:-100])
     (folder / THREE).write_bytes(b"")
     assert [row[0] for row in rows(train(folder, "--resume"))] == ["3", "4"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert str(folder / FOUR) in line
-    assert str(folder / THREE) in line
-    assert line.endswith(f"Resuming from {folder / TWO}")
-    assert_same(load_all(folder), load_all(straight))
+    assert re.search(f"{folder / FOUR} .*{folder / THREE} .*Resuming from {folder / TWO}$", line)
+    assert_same(load_all(folder), expected)
     for path in epoch_files(folder).values():
         path.unlink()
     assert find_newest_checkpoint(folder)[0] == folder / BEST
@@ -163,49 +128,44 @@ def test_resume_never_starts_from_scratch(train: Callable, folder: Path, tmp_pat
     assert all(str(path) in str(failure.value) for path in folder.glob("*.pth"))
     with raises(ScriptError, match=rf"^cannot resume in {missing}: there is no checkpoint\. Leave out --resume"):
         train(missing, "--resume")
-    with raises(ScriptError, match=rf"{missing / ONE} .*: No such file"):
-        train(missing, "--resume", missing / ONE)
+    for path, reason in ((missing / ONE, "No such file or directory"), (folder, "Is a directory")):
+        with raises(ScriptError, match=f"^{path} is not an intact checkpoint: {reason}; name another file$"):
+            train(missing, "--resume", path)
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("unknown", [(), ("val_size", "lr_scheduler", "augment", "weight_decay")])
-def test_the_old_format_resumes(unknown: tuple[str, ...], train: Callable, folder: Path, straight: Path) -> None:
+def test_the_old_format_resumes(train: Callable, folder: Path) -> None:
+    expected = load_checkpoint(folder / FOUR)
     (folder / FOUR).unlink()
-    unknown += ("architecture", "train_loss", "val_loss", "val_accuracy", "test_loss", "seconds")
+    unknown = {"architecture", "train_loss", "val_loss", "val_accuracy", "test_loss", "seconds"}
+    unknown |= {"val_size", "lr_scheduler", "augment", "weight_decay"}
     for path in folder.glob("*.pth"):
         checkpoint = load_checkpoint(path)
         torch.save({key: checkpoint[key] for key in checkpoint.keys() - unknown} | {"compile": False}, path)
     assert len(rows(train(folder, "--resume"))) == 1
-    assert_same(load_checkpoint(folder / FOUR), load_checkpoint(straight / FOUR))
+    assert_same(load_checkpoint(folder / FOUR), expected)
 
 
-def test_an_interrupt_gives_the_command_to_go_on(
-    train: Callable, folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
-    def advice(*options: object) -> str:
-        with raises(KeyboardInterrupt) as stop:
-            train(*options)
-        return stop.value.advice
-
-    with monkeypatch.context() as patch:
-        interrupt_after(ONE, patch)
-        assert advice(tmp_path) == f"to go on: python train_test_mnist.py --resume {tmp_path / ONE}"
-    monkeypatch.setattr(train_test_mnist, "train_one_epoch", Mock(side_effect=KeyboardInterrupt))
-    go_on = f"to go on: python train_test_mnist.py --resume {folder / FOUR}"
-    assert advice(folder, "--resume", "--epochs", 9) == go_on
-    assert advice(folder, "--epochs", 9, "--resume", folder / FOUR) == go_on
-    assert advice(folder) == "nothing was saved yet"
+def test_an_interrupt_gives_the_command_to_go_on(train: Callable, folder: Path, tmp_path: Path) -> None:
+    go_on = "to go on: python train_test_mnist.py --resume"
+    with patch("os.fsync", side_effect=[None, KeyboardInterrupt]), raises(KeyboardInterrupt) as stop:
+        train(tmp_path)  # until its first file is in place
+    assert stop.value.advice == f"{go_on} {tmp_path / ONE}"
+    for options in (["--resume"], ["--resume", folder / FOUR], []):
+        with (
+            patch("train_test_mnist.train_one_epoch", side_effect=KeyboardInterrupt),
+            raises(KeyboardInterrupt) as stop,
+        ):
+            train(folder, "--epochs", 9, *options)
+        assert stop.value.advice == (f"{go_on} {folder / FOUR}" if options else "nothing was saved yet")
 
 
-def test_deterministic_gives_the_same_on_a_cpu(train: Callable, tmp_path: Path, straight: Path) -> None:
-    try:
-        train(tmp_path, "--deterministic", "--epochs", 1, "--batch-size", 16)
-        assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
-    finally:
-        torch.use_deterministic_algorithms(False)
-    first, second = (load_checkpoint(path / ONE)["model_state_dict"] for path in (tmp_path, straight))
-    assert_same(first, second)
+def test_deterministic_is_the_same(train: Callable, folder: Path, tmp_path: Path, request: FixtureRequest) -> None:
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    train(tmp_path, "--deterministic", *FOUR_EPOCHS)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    assert_same(load_all(tmp_path), load_all(folder))
 
 
 @pytest.mark.parametrize("kept", [{ONE, FOUR, BEST, LOG, CURVES}, {BEST}, {LOG}, {CURVES}])
@@ -235,11 +195,13 @@ def test_only_the_names_of_epochs_count(train: Callable, folder: Path) -> None:
     assert others.items() <= contents(folder).items()
 
 
-def test_resuming_an_older_epoch_moves_the_later_ones(scripted: Callable, tmp_path: Path) -> None:
-    scripted(tmp_path, [60.0, 50.0, 70.0, 65.0], "--epochs", 4)
+def test_resuming_an_old_epoch_moves_the_later_ones(train: Callable, accuracies: list[float], tmp_path: Path) -> None:
+    accuracies += [60.0, 50.0, 70.0, 65.0]
+    train(tmp_path, "--epochs", 4)
     (tmp_path / CURVES).write_bytes(b"curves")
     before, aside = contents(tmp_path), tmp_path / "earlier_run_1"
-    output = scripted(tmp_path, [55.0], "--resume", tmp_path / TWO, "--epochs", 3)
+    accuracies += [55.0, 65.0]
+    output = train(tmp_path, "--resume", tmp_path / TWO, "--epochs", 3)
     assert [line for line in output.splitlines() if "Moved" in line] == [f"Moved 5 files of an earlier run to {aside}"]
     assert contents(aside) == {name: before[name] for name in (THREE, FOUR, BEST, LOG, CURVES)}
     after = load_all(tmp_path)
@@ -247,189 +209,124 @@ def test_resuming_an_older_epoch_moves_the_later_ones(scripted: Callable, tmp_pa
     assert_same(after[BEST], after[ONE])  # the best of those that are left
     assert after[THREE]["best_test_accuracy"] == 60
     assert (tmp_path / LOG).read_text().count("\n") == 4
-    scripted(tmp_path, [65.0], "--resume", tmp_path / ONE, "--epochs", 2)
+    train(tmp_path, "--resume", tmp_path / ONE, "--epochs", 2)
     assert contents(tmp_path / "earlier_run_2").keys() == {TWO, THREE, LOG}  # the best one is not later
     assert load_checkpoint(tmp_path / BEST)["test_accuracy"] == 65
 
 
 @pytest.mark.parametrize("epochs", [3, 4])  # with 3, nothing is left to train
-@pytest.mark.parametrize("state", ["missing", "damaged", "another epoch's", "not saved yet"])
+@pytest.mark.parametrize("damage", [Path.exists, Path.unlink, partial(Path.write_bytes, data=b"")])
 def test_the_best_file_is_restored(
-    state: str, epochs: int, scripted: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
+    damage: Callable, epochs: int, train: Callable, accuracies: list[float], tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_after(THREE if state == "not saved yet" else "nothing", patch)
-        try:
-            scripted(tmp_path, [50.0, 40.0, 70.0], "--epochs", 3)
-        except KeyboardInterrupt:
-            assert load_checkpoint(tmp_path / BEST)["epoch"] == 1
-            assert (tmp_path / LOG).read_text().count("\n") == 3  # two epochs
-    if state == "missing":
-        (tmp_path / BEST).unlink()
-    elif state != "not saved yet":
-        (tmp_path / BEST).write_bytes(b"" if state == "damaged" else (tmp_path / TWO).read_bytes())
-    output = scripted(tmp_path, [70.0], "--resume", "--epochs", epochs)  # not better than before
+    accuracies += [50.0, 40.0, 70.0, 70.0]  # the last is not better than the one before
+    with raises(KeyboardInterrupt), patch("os.fsync", side_effect=[None] * 11 + [KeyboardInterrupt]):
+        train(tmp_path, "--epochs", 3)  # its sixth file is the third epoch's
+    assert load_all(tmp_path)[BEST]["epoch"] == 1
+    assert (tmp_path / LOG).read_text().count("\n") == 3  # two epochs
+    damage(tmp_path / BEST)
+    output = train(tmp_path, "--resume", "--epochs", epochs)
     assert ("nothing left to do" in output) == (epochs == 3)
     assert "Moved" not in output
     assert_same(load_checkpoint(tmp_path / BEST), load_checkpoint(tmp_path / THREE))
     assert (tmp_path / LOG).read_text().count("\n") == epochs + 1  # the log is whole, too
 
 
-class Bomb:
-    """Creates a file in the working folder when it is unpickled."""
-
-    def __reduce__(self) -> tuple:
-        """Return what to call with what."""
-        return Path.touch, (Path("executed"),)
-
-
-def flip(data: bytes, place: int, bit: int = 0) -> bytes:
-    return data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :]
-
-
-def state(checkpoint: dict, parameter: int) -> dict:
-    return checkpoint["optimizer_state_dict"]["state"][parameter]
-
-
-NAN, INF, LAST = float("nan"), float("inf"), "output_block.1.weight"
-DAMAGES = {  # from a checkpoint's bytes and content: new bytes, or new content if the old one is not changed in place
-    "empty": (lambda data, old: b"", ""),
-    "text": (lambda data, old: b"hello\n" * 99, ""),
-    "HTML": (lambda data, old: b"<html></html>", ""),
-    "zeros": (lambda data, old: bytes(len(data)), ""),
-    "half": (lambda data, old: data[: len(data) // 2], ""),
-    "one bit": (lambda data, old: flip(data, data.index(old["model_state_dict"][LAST].numpy().tobytes())), "damaged"),
-    "a part marked as a folder": (lambda data, old: flip(data, data.rindex(b"archive/data/5") - 8, 4), "damaged"),
-    "bare pickle": (lambda data, old: pickle.dumps(Bomb()), ""),
-    "bomb": (lambda data, old: setitem(old, "extra", Bomb()), "more than tensors"),
-    "a list": (lambda data, old: [1, 2], "has no model_name"),
-    "a tensor": (lambda data, old: torch.ones(3), ""),
-    "bare state dict": (lambda data, old: old["model_state_dict"], "has no model_name"),
-    "no epoch": (lambda data, old: delitem(old, "epoch"), "has no epoch"),
-    "another model": (lambda data, old: setitem(old, "model_name", "Model1"), "Missing key"),
-    "unknown model": (lambda data, old: setitem(old, "model_name", "ResNet"), "ResNet"),
-    "text for a number": (lambda data, old: setitem(old, "epoch", "four"), ""),
-    "NaN accuracy": (lambda data, old: setitem(old, "best_test_accuracy", NAN), "not finite"),
-    "NaN weight": (lambda data, old: setitem(old["model_state_dict"][LAST], 0, NAN), "not finite"),
-    "infinite momentum": (lambda data, old: setitem(state(old, 3)["momentum_buffer"], 0, INF), "not finite"),
-    "another optimizer": (
-        lambda data, old: setitem(state(old, 0), "momentum_buffer", torch.ones(3)),
-        "another model's",
-    ),
-    "missing": (None, "No such file"),
-    "folder": (Path.mkdir, "directory"),
-}
-
-
-@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
-def test_damaged_or_foreign_file(damage: Callable | None, reason: str, folder: Path, monkeypatch: MonkeyPatch) -> None:
-    path = folder / FOUR
-    data, content = path.read_bytes(), load_checkpoint(path)
-    path.unlink()
-    if damage is Path.mkdir:
-        path.mkdir()
-    elif damage:
-        new = damage(data, content)
-        path.write_bytes(new) if isinstance(new, bytes) else torch.save(content if new is None else new, path)
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        ([], b"hello\n" * 99, ""),
+        ([], b"<html></html>", ""),
+        ([], bytes(9999), ""),
+        ([], pickle.dumps(Bomb()), ""),
+        ([], torch.ones(3), ""),
+        ([], [1, 2], "has no model_name, .*, epoch, "),
+        ([], {"weight": torch.ones(3)}, "has no model_name, .*, epoch, "),
+        (["extra"], Bomb(), "more than tensors"),
+        (["model_name"], "Model1", "Missing key"),
+        (["model_name"], "ResNet", "ResNet"),
+        (["epoch"], "four", ""),
+        (["best_test_accuracy"], torch.nan, "not finite"),
+        (["model_state_dict", LAST, 0], torch.nan, "not finite"),
+        (["optimizer_state_dict", "state", 3, "momentum_buffer", 0], torch.inf, "not finite"),
+        (["optimizer_state_dict", "state", 0, "momentum_buffer"], torch.ones(3), "another model's"),
+    ],
+)
+def test_wrong_content(place: list, value: object, reason: str, folder: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    before = contents(folder)
-    with raises(ScriptError) as failure:
-        load_checkpoint(path)
-    message = str(failure.value)
-    assert message.startswith(f"{path} is not an intact checkpoint: ")
-    assert message.endswith("; name another file")
-    assert reason in message
-    assert "Errno" not in message
-    assert "\n" not in message
-    assert contents(folder) == before  # nothing is executed, nothing changed
+    path, files = folder / FOUR, contents(folder).keys()
+    content = load_checkpoint(path) if place else value
+    if place:
+        reduce(getitem, place[:-1], content)[place[-1]] = value
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    assert_refused(path, reason)
+    assert contents(folder).keys() == files  # nothing was executed
 
 
-def test_every_script_names_a_damaged_file_in_one_line(tiny_command: Callable, folder: Path) -> None:
-    path = folder / FOUR
-    data, weights = path.read_bytes(), load_checkpoint(path)["model_state_dict"]
-    path.write_bytes(flip(data, data.index(weights[LAST].numpy().tobytes())))
-    assert_one_line(run(*tiny_command("train_test_mnist.py", "--resume", path)), str(path), "damaged")
-    assert_one_line(run("analyze_model.py", "--checkpoint", path), str(path), "damaged")
-
-
-def test_what_only_resuming_needs(folder: Path) -> None:
+def test_missing_content(folder: Path) -> None:
     content = load_checkpoint(folder / FOUR)
     for key in ("history", "best_epoch", "epochs", "batch_size", "lr", "momentum", "seed"):
         torch.save({name: value for name, value in content.items() if name != key}, folder / FOUR)
         load_checkpoint(folder / FOUR)  # enough to analyze
-        with raises(ScriptError, match=f"has no {key};"):
-            load_checkpoint(folder / FOUR, to_resume=True)
+        assert_refused(folder / FOUR, f"it has no {key}", to_resume=True)
 
 
-def test_flipped_bits_and_cut_files(straight: Path, tmp_path: Path) -> None:
-    path, data, expected = tmp_path / FOUR, (straight / FOUR).read_bytes(), load_checkpoint(straight / FOUR)
-    draw, refused = random.Random(1), 0
-    with zipfile.ZipFile(straight / FOUR) as archive:
-        parts = [entry.header_offset for entry in archive.infolist()]
+def test_flipped_bits_and_cut_files(folder: Path) -> None:
+    def flip(place: int, bit: int) -> None:
+        path.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
+
+    path, draw, refused = folder / FOUR, random.Random(1), 0
+    data, expected = path.read_bytes(), load_checkpoint(path)
+    with zipfile.ZipFile(path) as archive:
+        borders = [*(part.header_offset for part in archive.infolist()), archive.start_dir]
         assert archive.infolist()[0].filename.endswith("data.pkl")
-        directory = archive.start_dir
-    places = [draw.randrange(begin, end) for begin, end in itertools.pairwise([*parts, directory]) for _ in range(3)]
-    places += [begin + draw.randrange(30) for begin in draw.sample(parts, 30)]  # headers
-    for begin, end in ((0, parts[1]), (directory, len(data)), (0, len(data))):
-        places += [draw.randrange(begin, end) for _ in range(60)]
-    for place in places:
-        path.write_bytes(flip(data, place, draw.randrange(8)))
+    weights = data.index(expected["model_state_dict"][LAST].numpy().tobytes())
+    for place, bit in ((weights, 0), (data.rindex(b"archive/data/5") - 8, 4)):  # this one marks a part as a folder
+        flip(place, bit)
+        assert_refused(path, "it is damaged")
+    for script, option in (("train_test_mnist.py", "--resume"), ("analyze_model.py", "--checkpoint")):
+        assert_one_line(run(script, option, path), f"{script}: error: {path} is not an intact checkpoint: ", "damaged")
+    ranges = [*itertools.pairwise(borders)] * 3
+    ranges += [(begin, begin + 30) for begin in draw.sample(borders, 30)]  # headers
+    ranges += [(0, borders[1]), (borders[-1], len(data)), (0, len(data))] * 60  # pickle, directory, anywhere
+    for begin, end in ranges:
+        flip(draw.randrange(begin, end), draw.randrange(8))
         try:
             assert_same(load_checkpoint(path), expected)  # a bit that says nothing, such as padding
         except ScriptError:
             refused += 1
-    assert len(places) >= 300
-    assert refused > len(places) / 2
-    for length in (*range(50), *(draw.randrange(len(data)) for _ in range(40)), *range(len(data) - 10, len(data))):
+    assert len(ranges) >= 300
+    assert refused > len(ranges) / 2
+    for length in (*range(50), *draw.sample(range(len(data)), 40), *range(len(data) - 10, len(data))):
         path.write_bytes(data[:length])
-        with raises(ScriptError):
-            load_checkpoint(path)
+        assert_refused(path)
 
 
-@contextlib.contextmanager
-def too_little_room(kind: str, folder: Path) -> Iterator[None]:
-    """Let a folder be a disk of 200 kB, or limit the size of files to 20 kB."""
-    if kind == "disk":
-        mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
-        if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-            pytest.skip("a tmpfs cannot be mounted here; the limit on file sizes is tested")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]) if kind == "limit" else limits)
-        yield
-    finally:
+@pytest.fixture(params=["No space left on device", "File too large"])
+def full(request: FixtureRequest, tiny_gz: Path, tiny_data: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A disk of 200 kB, or a folder while no file may exceed 20 kB; and what the system will say."""
+    folder, limits = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder.mkdir()
+    if request.param == "File too large":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        yield folder, request.param
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        if kind == "disk":
-            subprocess.run(["umount", str(folder)], check=True)
+    else:
+        if os.system(f"mount -t tmpfs -o size=200k tmpfs {folder}") != 0:
+            pytest.skip("a tmpfs cannot be mounted here; the limit on file sizes is tested")
+        yield folder, request.param
+        assert os.system(f"umount {folder}") == 0
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason", "whole"), [("disk", "No space left on device", 2), ("limit", "File too large", 0)]
-)
-def test_a_disk_that_fills_up(
-    kind: str, reason: str, whole: int, train: Callable, tiny_gz: Path, tmp_path: Path
-) -> None:
-    full = tmp_path / "full"
-    full.mkdir()
-    with too_little_room(kind, full), raises(ScriptError, match=rf"^cannot write {full}/\w+\.pth: {reason}; make room"):
-        try:
-            train(full, "--epochs", 20)
-        finally:
-            assert len(load_all(full)) == whole
-            assert not list(full.glob("*.tmp"))
-    raw = full / "MNIST" / "raw"
-    with too_little_room(kind, full), raises(ScriptError, match=rf"^cannot write {raw}/[\w-]+: {reason}"):
-        try:
-            download_mnist(full, str(tiny_gz))
-        finally:
-            assert all(is_original(path.name, path.read_bytes()) for path in raw.iterdir())
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written(train: Callable, tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with raises(ScriptError, match=str(tmp_path)):
-        train(tmp_path)
+def test_a_disk_that_fills_up(full: tuple[Path, str], train: Callable, tiny_gz: Path) -> None:
+    folder, reason = full
+    with raises(ScriptError, match=rf"^cannot write {folder}/\w+\.pth: {reason}; make room"):
+        train(folder, "--epochs", 20)
+    assert len(load_all(folder)) == (2 if "space" in reason else 0)
+    assert not list(folder.glob("*.tmp"))
+    with raises(ScriptError, match=rf"^cannot write {folder}/MNIST/raw/[\w-]+: {reason}"):
+        download_mnist(folder, str(tiny_gz))
+    assert all(is_original(path.name, path.read_bytes()) for path in folder.glob("MNIST/raw/*"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(train: Callable, folder: Path, monkeypatch: MonkeyPatch) -> None:
@@ -445,8 +342,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(train: Callable, folder: Path, m
 @pytest.mark.parametrize(("log_interval", "batches"), [(1, 3), (2, 4), (100, 5)])
 def test_how_soon_training_notices(log_interval: int, batches: int) -> None:
     model = torch.nn.Linear(1, 10)
-    gives = [torch.ones(10), torch.ones(10), torch.full((10,), torch.inf), torch.ones(10), torch.ones(10)]
-    model.forward = lambda x: model.weight[:, 0] * gives.pop(0).expand(len(x), 10)
+    factors = iter([1, 1, torch.inf, 1, 1])
+    model.forward = lambda x: model.weight[:, 0] * torch.full((len(x), 10), next(factors))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     images, labels = torch.zeros(9, 1), torch.zeros(9, dtype=torch.long)
     with raises(FloatingPointError, match=f"the loss is nan after {batches} batches"):
@@ -454,10 +351,9 @@ def test_how_soon_training_notices(log_interval: int, batches: int) -> None:
 
 
 def test_evaluation_notices_too() -> None:
-    model = torch.nn.Linear(4, 10)
-    torch.nn.init.constant_(model.weight, torch.nan)
+    images, labels = torch.full((3, 4), torch.nan), torch.zeros(3, dtype=torch.long)
     with raises(FloatingPointError, match="the loss in evaluation is nan"):
-        train_test_mnist.evaluate(model, torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), 2)
+        train_test_mnist.evaluate(torch.nn.Linear(4, 10), images, labels, 2)
 
 
 @pytest.mark.parametrize("what", ["training", "download"])
