@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 FOUR_EPOCHS = "--epochs", 4, "--batch-size", 16, "--lr", 0.05
 REAL_SOURCES = (ROOT / "data" / "MNIST" / "raw", ROOT.parent / "shared" / "mnist")
 
-os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}  # for scripts: no waiting for each other, one width
+# For scripts: no waiting for each other, one width, no network
+os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "PIP_NO_INDEX": "1"}
 torch.set_num_threads(1)
 
 
@@ -68,8 +69,9 @@ def tiny_sums() -> dict[str, tuple[int, str]]:
 
 @pytest.fixture
 def tiny_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let download_mnist, in this process, take the tiny data set for MNIST."""
+    """Let download_mnist, in this process, take the tiny data set for MNIST, and know no mirror."""
     monkeypatch.setattr(download_mnist, "FILES", TINY_SUMS)
+    monkeypatch.setattr(download_mnist, "MIRRORS", ())
 
 
 @pytest.fixture

@@ -80,7 +80,6 @@ def no_sources(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(dm, "TIMEOUT", 0.3)
     monkeypatch.setattr(dm, "time", Mock())
     monkeypatch.setattr(dm, "MIRRORS", ("file:///nonexistent/mirror1", "file:///nonexistent/mirror2"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
 
 
