@@ -55,16 +55,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.fixture(scope="session")
-def tiny_files() -> dict[str, bytes]:
-    """The tiny data set's four IDX files."""
-    return TINY_FILES
-
-
-@pytest.fixture(scope="session")
-def tiny_sums() -> dict[str, tuple[int, str]]:
-    """The tiny files in the form of download_mnist.FILES."""
-    return TINY_SUMS
+def write_tiny_files(folder: Path, packed: bool = False) -> Path:
+    folder.mkdir(parents=True)
+    for name, data in TINY_FILES.items():
+        if packed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+        else:
+            (folder / name).write_bytes(data)
+    return folder
 
 
 @pytest.fixture
@@ -77,22 +75,13 @@ def tiny_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny_gz(tmp_path: Path) -> Path:
     """A folder with the tiny data set's four .gz files."""
-    folder = tmp_path / "gz"
-    folder.mkdir()
-    for name, data in TINY_FILES.items():
-        (folder / f"{name}.gz").write_bytes(gzip.compress(data))
-    return folder
+    return write_tiny_files(tmp_path / "gz", packed=True)
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder, as --data-dir expects it, with the tiny data set in place."""
-    data_dir = tmp_path_factory.mktemp("data")
-    raw = data_dir / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, data in TINY_FILES.items():
-        (raw / name).write_bytes(data)
-    return data_dir
+    return write_tiny_files(tmp_path_factory.mktemp("data") / "MNIST" / "raw").parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -136,12 +125,6 @@ def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run a Python script from a folder and return its exit status, output and errors as text."""
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
-@pytest.fixture(scope="session")
-def tiny_command() -> Callable[..., list[str]]:
-    """Return a function that gives Python's arguments for a script and its options on the tiny data set."""
-    return lambda *argv: ["-c", ON_TINY_MNIST, *map(str, argv)]
 
 
 class Bomb:

@@ -9,8 +9,6 @@ nobody disturbed. Needs a system with fork.
 """
 
 import contextlib
-import functools
-import gzip
 import io
 import os
 import random
@@ -24,16 +22,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conftest import TINY_FILES, TINY_SUMS, assert_same
+from conftest import TINY_FILES, TINY_SUMS, assert_same, load_all, write_tiny_files
 
 import download_mnist
 import train_test_mnist
-from checkpoints import load_checkpoint
-
-EPOCHS = 4
 
 
-def start(function: Callable[[], None]) -> int:
+def start(function: Callable, *args: object) -> int:
     """Run a function in a process of its own whose writes to the disk take longer, and return its number."""
     number = os.fork()
     if number:
@@ -44,94 +39,61 @@ def start(function: Callable[[], None]) -> int:
         fsync = os.fsync
         os.fsync = lambda file: (time.sleep(random.random() * 0.02), fsync(file))
         with contextlib.redirect_stdout(io.StringIO()):
-            function()
+            function(*args)
         status = 0
     finally:
         os._exit(status)
 
 
-def train(data_dir: Path, folder: Path) -> None:
-    """Train for EPOCHS, from the newest checkpoint if there is one."""
+def train(folder: Path, data_dir: Path) -> None:
+    """Train for four epochs, from the newest checkpoint if there is one."""
     sys.argv = ["train_test_mnist.py", "--data-dir", str(data_dir), "--checkpoint-dir", str(folder)]
-    sys.argv += ["--epochs", str(EPOCHS), "--batch-size", "16", "--device", "cpu"]
+    sys.argv += ["--epochs", "4", "--batch-size", "16", "--device", "cpu"]
     sys.argv += ["--resume"] if list(folder.glob("mnist_model_epoch_*.pth")) else []
     train_test_mnist.main()
 
 
-def kill_again_and_again(function: Callable[[], None], check: Callable[[], object], kills: int, longest: float) -> int:
-    """Start and kill a function until it comes to its end, at most `kills` times; return how many kills there were."""
-    for count in range(kills):
-        number = start(function)
-        time.sleep(random.random() * longest)
-        os.kill(number, signal.SIGKILL)
-        _, status = os.waitpid(number, 0)
-        check()
-        if not os.WIFSIGNALED(status):
-            assert os.WEXITSTATUS(status) == 0, "it failed before it was killed"
-            return count
-    assert os.waitpid(start(function), 0)[1] == 0, f"it does not recover after {kills} kills"
-    check()
-    return kills
+def download(folder: Path, data_dir: Path) -> None:
+    download_mnist.download_mnist(folder, str(data_dir / "MNIST" / "raw"))
 
 
-def load_all(folder: Path) -> dict[str, dict]:
-    """Load every checkpoint of a folder."""
-    return {path.name: load_checkpoint(path) for path in folder.glob("*.pth")}
+def load_originals(folder: Path) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in folder.glob("MNIST/raw/*ubyte")}
+    assert files.items() <= TINY_FILES.items()
+    return files
 
 
-def kill_training(data_dir: Path, workplace: Path, kills: int) -> None:
+def kill(what: str, kills: int, workplace: Path) -> None:
     """Compare runs that were killed with one that was not."""
-    undisturbed = workplace / "undisturbed"
+    data_dir, undisturbed = workplace / "data", workplace / "undisturbed"
+    write_tiny_files(data_dir / "MNIST" / "raw", packed=what == "download")
+    function, load, count = (download, load_originals, 4) if what == "download" else (train, load_all, 5)
     started = time.monotonic()
-    assert os.waitpid(start(lambda: train(data_dir, undisturbed)), 0)[1] == 0
-    duration = time.monotonic() - started
-    expected = load_all(undisturbed)
-    assert len(expected) == EPOCHS + 1
+    assert os.waitpid(start(function, undisturbed, data_dir), 0)[1] == 0
+    longest = 0.6 * (time.monotonic() - started)
+    expected = load(undisturbed)
+    assert len(expected) == count
     done = runs = 0
     while done < kills:
+        runs, killed = runs + 1, True
         folder = workplace / f"run {runs}"
-        run, check = functools.partial(train, data_dir, folder), functools.partial(load_all, folder)
-        done += kill_again_and_again(run, check, kills - done, duration * 0.6)
-        assert_same(load_all(folder), expected)
+        while killed:
+            number = start(function, folder, data_dir)
+            if done < kills:
+                time.sleep(random.random() * longest)
+                os.kill(number, signal.SIGKILL)
+            _, status = os.waitpid(number, 0)
+            killed = status == signal.SIGKILL
+            assert killed or status == 0, "it failed before it was killed"
+            done += killed
+            load(folder)
+        assert_same(load(folder), expected)
         assert {path.name for path in folder.iterdir()} >= {path.name for path in undisturbed.iterdir()}
-        runs += 1
-    print(f"{done} kills in {runs} runs of {EPOCHS} epochs: every checkpoint whole, every end as if undisturbed")
-
-
-def kill_download(source: Path, workplace: Path, kills: int) -> None:
-    """Check that the files in place are always the originals, and in the end all there."""
-    done = runs = 0
-    while done < kills:
-        raw = workplace / f"run {runs}" / "MNIST" / "raw"
-        run = functools.partial(download_mnist.download_mnist, workplace / f"run {runs}", str(source))
-        done += kill_again_and_again(run, functools.partial(check_files, raw), kills - done, 0.1)
-        assert len(list(raw.glob("*ubyte"))) == len(download_mnist.FILES)
-        runs += 1
-    print(f"{done} kills in {runs} downloads: no file in place that is not the original, all complete in the end")
-
-
-def check_files(raw: Path) -> None:
-    """Check that the data files in a folder are originals."""
-    for path in raw.glob("*ubyte"):
-        assert download_mnist.is_original(path.name, path.read_bytes()), path
-
-
-def main() -> None:
-    """Run one of the two."""
-    what, kills = sys.argv[1], int(sys.argv[2])
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)  # imports much of torch, which no child then has to
-    download_mnist.FILES = TINY_SUMS
-    with tempfile.TemporaryDirectory() as folder:
-        source, workplace = Path(folder, "source"), Path(folder, "workplace")
-        source.mkdir()
-        for name, data in TINY_FILES.items():
-            (source / f"{name}.gz").write_bytes(gzip.compress(data))
-        if what == "training":
-            download_mnist.download_mnist(Path(folder, "data"), str(source))
-            kill_training(Path(folder, "data"), workplace, kills)
-        else:
-            kill_download(source, workplace, kills)
+    print(f"{done} kills in {runs} runs: every file whole after each of them, every end as if undisturbed")
 
 
 if __name__ == "__main__":
-    main()
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)  # imports much of torch, which no child then has to
+    download_mnist.FILES = TINY_SUMS
+    with tempfile.TemporaryDirectory() as name:
+        kill(sys.argv[1], int(sys.argv[2]), Path(name))
