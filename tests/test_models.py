@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_one_line, run
+from pytest import CaptureFixture, MonkeyPatch, raises
 from torch import nn
 
 import analyze_model
@@ -15,8 +16,6 @@ import train_test_mnist
 from utils import ScriptError
 
 PARAMETERS = {"Model1": 14_620, "Model2": 14_796, "Model5": 8_018}
-BLOCKS = ["input_block", "conv_block1", "transition_block", "conv_block2", "output_block"]
-SCRIPTS = [train_test_mnist, analyze_model]
 OWN_CLASSES = """
 from torch.nn import Identity
 class Scale(nn.Module):
@@ -30,26 +29,21 @@ class Passing(TinyNet):
     def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
 class Inheriting(Model1): ...
 """
-LISTING = [*PARAMETERS, "TinyNet", "Passing", "Inheriting"]  # Scale and Shift need arguments; Identity is torch's
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_size_and_shapes(name: str) -> None:
+def test_size_shapes_and_layers(name: str) -> None:
     model = models.build_model(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
-    assert [block for block, _ in model.named_children()] == BLOCKS
+    blocks = " ".join(block for block, _ in model.named_children())
+    assert blocks == "input_block conv_block1 transition_block conv_block2 output_block"
     assert f"{PARAMETERS[name]:,} parameters" in type(model).__doc__
     logits = model(torch.randn(3, 1, 28, 28))
     assert logits.shape == (3, 10)
-    assert logits.min() < 0  # logits, not probabilities; nor cut off by a ReLU
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_layers(name: str) -> None:
-    layers = [layer for layer in models.build_model(name).modules() if not list(layer.children())]
+    assert logits.min() < 0  # not probabilities, nor cut off by a ReLU
+    layers = [layer for layer in model.modules() if not list(layer.children())]
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
-    a, b, c = (6, 16, 20) if name == "Model5" else (8, 16, 24)
-    ending = [(c, 10, 1)] if name == "Model5" else [(c, 10, 1), (10, 10, 7)]
+    a, b, c, ending = (6, 16, 20, [(20, 10, 1)]) if name == "Model5" else (8, 16, 24, [(24, 10, 1), (10, 10, 7)])
     shapes = [(layer.in_channels, layer.out_channels, layer.kernel_size[0]) for layer in convolutions]
     assert shapes == [(1, a, 3), (a, b, 3), (b, c, 3), (c, a, 1), (a, b, 3), (b, c, 3), *ending]
     assert all(layer.bias is None and layer.padding == (0, 0) for layer in convolutions)
@@ -74,23 +68,23 @@ def test_a_comment_stands_where_shape_or_receptive_field_changes_and_is_true(nam
     assert source.count("#") == sum(bool(comment) for _, comment in lines)  # no comment elsewhere
 
 
-def test_names_in_upper_and_lower_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(models, "model_classes", lambda: {"Net": nn.Linear, "net": nn.ReLU})
-        assert [models.find_model_name(name) for name in ("Net", "net", "NET")] == ["Net", "net", "Net"]
+def test_names_in_upper_and_lower_case(monkeypatch: MonkeyPatch) -> None:
     assert [models.find_model_name(name) for name in ("mODEL2", "Model3")] == ["Model2", "Model3"]
     assert type(models.build_model("mODEL2")) is models.Model2
     assert list(models.model_classes()) == list(PARAMETERS)
-    with pytest.raises(ScriptError, match=r"^models.py has no model 'Model3'; it has Model1, Model2, Model5$"):
+    with raises(ScriptError, match=r"^models.py has no model 'Model3'; it has Model1, Model2, Model5$"):
         models.build_model("Model3")
+    monkeypatch.setattr(models, "model_classes", lambda: {"Net": nn.Linear, "net": nn.ReLU})
+    assert [models.find_model_name(name) for name in ("Net", "net", "NET")] == ["Net", "net", "Net"]
 
 
 def test_own_classes_need_no_second_place(tmp_path: Path) -> None:
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
     (tmp_path / "models.py").write_text((ROOT / "models.py").read_text() + OWN_CLASSES)
-    for script in SCRIPTS:
-        assert_one_line(run(f"{script.__name__}.py", "--model", "nonsense", cwd=tmp_path), "nonsense", *LISTING)
+    listed = [*PARAMETERS, "TinyNet", "Passing", "Inheriting"]  # Scale and Shift need arguments; Identity is torch's
+    for script in ("train_test_mnist.py", "analyze_model.py"):
+        assert_one_line(run(script, "--model", "nonsense", cwd=tmp_path), "nonsense", *listed)
     result = run("analyze_model.py", "--model", "tinynet", "passing", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"^total +5,860 +14 +5,874 ", result.stdout, re.MULTILINE)) == 2
@@ -98,15 +92,13 @@ def test_own_classes_need_no_second_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_mnist")
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_default(
-    script: object, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+@pytest.mark.parametrize("script", [train_test_mnist, analyze_model])
+def test_default(script: object, tiny_data: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
     options = ["--dry-run", "--data-dir", str(tiny_data)] if script is train_test_mnist else []
     monkeypatch.setattr("sys.argv", [script.__name__, *options])
     for name in ("Model5", "Model2", "Model1"):  # all are there; then, with this one removed, the last of the rest
         script.main()
         assert capsys.readouterr().out.startswith(name)
         monkeypatch.delattr(models, name)
-    with pytest.raises(ScriptError, match=r"^models.py has no model; add an nn.Module .*$"):
+    with raises(ScriptError, match=r"^models.py has no model; add an nn.Module .*$"):
         script.main()
