@@ -241,7 +241,7 @@ class FieldRun(TorchFunctionMode):
         if self.replaying or not self.running or not any(map(map_of, given)):
             return func(*args, **kwargs)
         before = {id(tensor): tensor.detach() for tensor in given}  # in the shape that they have before the call
-        sources = [(before[key], known) for key, known in {id(t): map_of(t) for t in given}.items() if known]
+        sources = [(before[id(tensor)], map_of(tensor)) for tensor in given if map_of(tensor)]
         call = Call(func, *map_tensors(lambda tensor: before[id(tensor)], (args, kwargs)))
         versions = [tensor._version for tensor in given]
         output = func(*args, **kwargs)

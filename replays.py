@@ -31,16 +31,16 @@ def map_tensors(function: Callable[[Tensor], object], value: object) -> object:
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """Return the tensors that `map_tensors` finds."""
-    found: list[Tensor] = []
-    map_tensors(found.append, value)
-    return found
+    """Return the tensors that `map_tensors` finds, each once."""
+    found: dict[int, Tensor] = {}
+    map_tensors(lambda tensor: found.setdefault(id(tensor), tensor), value)
+    return list(found.values())
 
 
 def results_of(output: object, given: list[Tensor], versions: list[int]) -> list[Tensor]:
     """Return the tensors that a call returned, then those given to it that it changed in place."""
     changed = [tensor for tensor, before in zip(given, versions, strict=True) if tensor._version != before]
-    return list({id(tensor): tensor for tensor in [*tensors_in(output), *changed]}.values())
+    return tensors_in([output, changed])
 
 
 class Call(NamedTuple):
