@@ -12,16 +12,20 @@ From the first command's output, with torch 2.15.0:
     output_block.0      AdaptiveAvgPool2d  7  7  0  1     7      1     2     14    16     28     0      0  28x28
 """
 
+if __name__ == "__main__":  # first, because the imports take seconds, in which Ctrl-C may come
+    from utils import end_on_signals
+
+    end_on_signals()
+
 import argparse
 import dataclasses
 import json
 import math
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from checkpoints import load_checkpoint
 from download_mnist import load_mnist
@@ -29,7 +33,7 @@ from model_runs import CostRun, FieldRun, Layer, copy_model, extrapolate, find_w
 from models import build_model, default_model_name, find_model_name, model_classes
 from pictures import draw_receptive_fields, require_matplotlib
 from receptive_fields import MISMATCH, Axis
-from utils import ScriptError, default_batch_size, device_type, number_type, run_script
+from utils import ScriptError, default_batch_size, device_type, number_type, path_type, run_script
 
 LAYERS_LEGEND = """\
 weight bias total  parameters; those that several layers share count for the first
@@ -104,11 +108,10 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, veri
         failure = runs[0].failure or runs[-1].failure
         model.cpu().eval()
         n = 13 if math.prod(input_size) < 2**14 else 3  # one more than the probes in a replay: memory sets the limit
-        images = torch.rand(n, 1, *input_size)
         with torch.no_grad():
-            fields = FieldRun(model, images, twin)
+            fields = FieldRun(model, torch.rand(n, 1, *input_size), twin)
             lines = add_costs(fields.lines, model, runs, batch_size)
-            checks = run_checks(model, lines, runs, fields, images) if verify and not failure else []
+            checks = run_checks(model, lines, runs, fields) if verify and not failure else []
     at_work = max((extrapolate(runs, key, "at work", batch_size) for key in runs[0].costs), default=0)
     totals = add_up_layers(model, lines)
     memory = add_up_memory(model, batch_size, input_size, totals["kept"], at_work)
@@ -179,21 +182,19 @@ def add_up_memory(model: nn.Module, batch_size: int, size: tuple[int, int], kept
     return [*memory, Memory("sum", "", sum(part.training for part in memory), sum(part.inference for part in memory))]
 
 
-def run_checks(
-    model: nn.Module, lines: list[Layer], runs: list[CostRun], fields: FieldRun, images: Tensor
-) -> list[Check]:
+def run_checks(model: nn.Module, lines: list[Layer], runs: list[CostRun], fields: FieldRun) -> list[Check]:
     """Compare numbers that are known in two ways."""
     listed, total = sum(line.parameters for line in lines), sum(parameter.numel() for parameter in model.parameters())
     miscounted = [name for run in runs for name in run.miscounted]
     counted = "torch's FLOP counter agrees with the formula for convolutions and linear layers"
+    if not runs[0].counter:
+        miscounted, counted = None, "torch has its FLOP counter since version 2.1"
     mismatches = [line.name for line in lines if line.unknown and line.unknown.startswith(MISMATCH)]
     return [
         verdict("parameters", [] if listed == total else ["the total"], f"those of the layers add up to {listed:,}"),
-        verdict("MACs", miscounted, counted)
-        if runs[0].counter
-        else verdict("MACs", None, "torch has its FLOP counter since version 2.1"),
+        verdict("MACs", miscounted, counted),
         verdict("windows", mismatches, "convolutions and poolings read what they declare, as far as probed"),
-        verdict("receptive field", *find_wrong_maps(fields, images)),
+        verdict("receptive field", *find_wrong_maps(fields)),
     ]
 
 
@@ -296,8 +297,8 @@ def format_comparison(analyses: dict[str, Analysis]) -> str:
         known = fields and not any(layer.unknown for layer in analysis.layers)
         size = f"{fields[-1]['height'].r_out}x{fields[-1]['width'].r_out}" if known else None
         checks = "failed" if analysis.problems() else "passed" if analysis.checks else "skipped"
-        memory = analysis.memory[-1].training, analysis.memory[-1].inference
-        rows.append([name, checks, size, analysis.totals["parameters"], analysis.totals["macs"], *memory])
+        totals, memory = analysis.totals, analysis.memory[-1]
+        rows.append([name, checks, size, totals["parameters"], totals["macs"], memory.training, memory.inference])
     return f"Comparison\n{format_table(rows, text_columns=2)}"
 
 
@@ -322,14 +323,14 @@ def parse_args() -> argparse.Namespace:
     add, count, models = parser.add_argument, number_type(int, 1, 10**9), list(model_classes())
     default = f"classes, or all (default: {default_model_name()})"
     add("--model", nargs="+", type=find_model_name, choices=[*models, "all"], help=default)
-    add("--checkpoint", type=Path, help="analyze the trained weights of this file, and the class it names")
+    add("--checkpoint", type=path_type, help="analyze the trained weights of this file, and the class it names")
     add("--input-size", default=(28, 28), type=count, nargs=2, metavar=("H", "W"), help="pixels (default: 28 28)")
     add("--batch-size", type=count, help="images in a training step (default: 128 on a GPU, 64 on a CPU)")
     add("--device", default="auto", type=device_type, help="auto, cpu, cuda, mps, xpu (default: %(default)s)")
     add("--verify", default=True, action=argparse.BooleanOptionalAction, help="make the self-checks (default: yes)")
     add("--json", action="store_true", help="print the same numbers as JSON, and nothing else")
-    add("--image", type=Path, help="PNG file to draw the receptive fields into (default: none)")
-    add("--data-dir", default="data", type=Path, help="where --image looks for MNIST/raw (default: %(default)s)")
+    add("--image", type=path_type, help="PNG file to draw the receptive fields into (default: none)")
+    add("--data-dir", default="data", type=path_type, help="where --image looks for MNIST/raw (default: %(default)s)")
     args = parser.parse_args()
     args.batch_size = args.batch_size or default_batch_size(args.device)
     args.model = models if "all" in (args.model or ()) else args.model

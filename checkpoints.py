@@ -1,10 +1,10 @@
 """What a training run leaves in its folder, and how the next run finds it.
 
-1. After epoch X a run writes mnist_model_epoch_X.pth, always whole, and best_mnist_model.pth if X is its best so far.
-2. A new run moves the files of an earlier one to earlier_run_N just before it writes its first, so nothing is
-   overwritten.
-3. A resumed run goes on in the folder of its checkpoint and ends with the files of a run that was never interrupted.
-4. If it resumes from an older epoch, the files of the later epochs are moved to earlier_run_N first.
+1. From start to end a run holds its folder, so that no other run writes there; what is not a run's stays as it is.
+2. After epoch X it writes mnist_model_epoch_X.pth, always whole, and best_mnist_model.pth if X is its best so far.
+3. Just before it writes the first it moves the files of an earlier run to earlier_run_N, so nothing is overwritten.
+4. A resumed run goes on in the folder of its checkpoint, moves the files of later epochs to earlier_run_N first, and
+   ends with the files of a run that was never interrupted.
 5. Every checkpoint holds the whole run so far; training_log.csv and training_curves.png are made from it.
 """
 
@@ -13,28 +13,44 @@ import csv
 import io
 import itertools
 import math
+import os
 import pickle
 import re
+import stat
 import sys
 import textwrap
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from models import build_model
-from utils import ScriptError, write_file
+from utils import ScriptError, make_folder, write_file
 
+NOT_PLAIN = "more than tensors, numbers and text"
 BEST, LOG, CURVES = "best_mnist_model.pth", "training_log.csv", "training_curves.png"
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a dict of tensors and plain values; raise ScriptError if that fails."""
+    """Write a dict of tensors and plain values; raise ScriptError if that fails or if it cannot be read again."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
+    try:
+        unpack(buffer.getvalue())
+    except pickle.UnpicklingError as error:
+        raise ScriptError(f"cannot save {path}: the model's state holds {NOT_PLAIN}; see get_extra_state") from error
     write_file(path, buffer.getvalue())
+
+
+def unpack(data: bytes) -> dict:
+    """Return what torch.save has written, on the CPU; nothing in it is executed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.0 warns about what it does itself
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def save_log(path: Path, history: list[dict]) -> None:
@@ -57,9 +73,7 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
         archive = zipfile.ZipFile(io.BytesIO(data))
         if archive.testzip() or any(part.external_attr & 0x10 for part in archive.infolist()):  # torch skips folders
             raise ValueError("it is damaged")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch 2.0 warns about what it does itself
-            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        checkpoint = unpack(data)
         states = ["model_name", "model_state_dict", "optimizer_state_dict"]
         numbers = ["epoch", "train_accuracy", "test_accuracy", "best_test_accuracy"]
         if to_resume:
@@ -70,11 +84,13 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
             raise ValueError(f"it has no {', '.join(missing)}")
         if not all(math.isfinite(checkpoint[key]) for key in numbers):
             raise ValueError("a number in it is not finite")
+        if epoch_in(path) not in (None, checkpoint["epoch"]):
+            raise ValueError(f"it holds epoch {checkpoint['epoch']}")
         check_states(checkpoint)
     except Exception as error:  # a file that is no checkpoint can fail anywhere
         reason = getattr(error, "strerror", None) or textwrap.shorten(str(error), 200) or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds more than tensors, numbers and text"
+            reason = f"it holds {NOT_PLAIN}"
         raise ScriptError(f"{path} is not an intact checkpoint: {reason}; name another file") from error
     return checkpoint
 
@@ -88,16 +104,26 @@ def check_states(checkpoint: dict) -> None:
     momenta = [(p, m) for p, state in optimizer.state.items() for m in state.values() if isinstance(m, Tensor)]
     if any(momentum.shape != parameter.shape for parameter, momentum in momenta):
         raise ValueError("its optimizer is another model's")
-    tensors = [*model.state_dict().values(), *(momentum for _, momentum in momenta)]
-    if not all(tensor.isfinite().all() for tensor in tensors):
+    tensors = [*model.parameters(), *(momentum for _, momentum in momenta if not momentum.is_sparse)]
+    if not all(tensor.isfinite().all() for tensor in tensors):  # a buffer may hold infinities, as a mask does
         raise ValueError("a weight or a momentum in it is not finite")
+
+
+def epoch_in(path: Path) -> int | None:
+    """Return the number in the name of an epoch's checkpoint, None for other names."""
+    match = re.fullmatch(r"mnist_model_epoch_([1-9][0-9]*)\.pth", path.name)
+    return int(match[1]) if match else None
 
 
 def epoch_files(folder: Path) -> dict[int, Path]:
     """Return the checkpoints of single epochs in a folder, oldest first."""
-    matches = [re.fullmatch(r"mnist_model_epoch_([1-9][0-9]*)\.pth", path.name) for path in folder.glob("*.pth")]
-    epochs = sorted(int(match[1]) for match in matches if match)
-    return {epoch: folder / f"mnist_model_epoch_{epoch}.pth" for epoch in epochs}
+    return dict(sorted((epoch, path) for path in folder.glob("*.pth") if (epoch := epoch_in(path))))
+
+
+def files_of_runs(folder: Path) -> list[Path]:
+    """Return all that runs have left in a folder, the newest epochs first."""
+    others = [path for name in (BEST, LOG, CURVES) for path in folder.glob(name)]
+    return [*reversed(epoch_files(folder).values()), *others]
 
 
 def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
@@ -119,10 +145,26 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
     raise ScriptError(f"cannot resume in {folder}: {reasons}. Leave out --resume to start anew")
 
 
-def prepare_new_run(folder: Path) -> None:
-    """Move the files of an earlier run out of the way."""
-    others = [path for name in (BEST, LOG, CURVES) for path in folder.glob(name)]
-    set_aside(folder, [*epoch_files(folder).values(), *others])
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder while this process lives; raise ScriptError if one is using it already."""
+    make_folder(folder)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        with contextlib.suppress(NotImplementedError):  # the file system has no locks
+            lock.acquire()
+    except Timeout as error:
+        raise ScriptError(f"another run is using {folder}; wait for its end, or choose another folder") from error
+    except OSError as error:
+        raise ScriptError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    try:
+        user, owner = getattr(os, "geteuid", int)(), folder.stat().st_uid
+        only_owners_move = folder.stat().st_mode & stat.S_ISVTX and user not in (0, owner)
+        if only_owners_move and any(path.lstat().st_uid != user for path in files_of_runs(folder)):
+            raise ScriptError(f"{folder} holds another user's run, which cannot be moved; choose another folder")
+        yield
+    finally:
+        lock.release()
 
 
 def prepare_to_resume(folder: Path, checkpoint: dict) -> None:
@@ -130,21 +172,29 @@ def prepare_to_resume(folder: Path, checkpoint: dict) -> None:
     best, best_epoch = folder / BEST, 0
     with contextlib.suppress(ScriptError):  # missing or damaged
         best_epoch = load_checkpoint(best)["epoch"]
-    later = [path for epoch, path in epoch_files(folder).items() if epoch > checkpoint["epoch"]]
+    later = [path for epoch, path in reversed(epoch_files(folder).items()) if epoch > checkpoint["epoch"]]
     later += [best] if best_epoch > checkpoint["epoch"] else []
-    if later:
-        set_aside(folder, [*later, *folder.glob(LOG), *folder.glob(CURVES)])
+    set_aside(folder, [*later, *folder.glob(LOG), *folder.glob(CURVES)] if later else [])
     if best_epoch != checkpoint["best_epoch"]:
         with contextlib.suppress(ScriptError):
             save_checkpoint(best, load_checkpoint(folder / f"mnist_model_epoch_{checkpoint['best_epoch']}.pth"))
-    save_log(folder / LOG, checkpoint["history"])
+    with contextlib.suppress(ScriptError):
+        save_log(folder / LOG, checkpoint["history"])
 
 
 def set_aside(folder: Path, paths: list[Path]) -> None:
-    """Move files to folder/earlier_run_N, the first of that name that is free."""
+    """Move files to folder/earlier_run_N, the first of that name that is free, with those of a move that was killed."""
+    moving = folder / "earlier_run_incomplete"
     if paths:
+        moving.mkdir(exist_ok=True)
+    for path in paths:
+        if path.is_symlink():  # a relative one would break
+            (moving / path.name).unlink(missing_ok=True)
+            (moving / path.name).symlink_to(path.resolve())
+            path.unlink()
+        else:
+            path.rename(moving / path.name)
+    if moving.exists():
         target = next(path for n in itertools.count(1) if not (path := folder / f"earlier_run_{n}").exists())
-        target.mkdir()
-        for path in paths:
-            path.rename(target / path.name)
-        print(f"Moved {len(paths)} files of an earlier run to {target}")
+        moving.rename(target)
+        print(f"Moved {len(list(target.iterdir()))} files of an earlier run to {target}")

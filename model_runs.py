@@ -193,7 +193,7 @@ class FieldRun(TorchFunctionMode):
         self.returned: list[tuple[str, FeatureMap | str | None]] = []  # by each module
         self.failure: str | None = None
         self.running: list[tuple] = []  # a module's line, where the lines in it begin, and the maps it is given
-        self.replaying, self.nan_passes, self.twin = False, True, dict(twin.named_modules())
+        self.images, self.twin, self.replaying, self.nan_passes = images, dict(twin.named_modules()), False, True
         images.feature_map = image_map(images.shape[2:])
         try:
             with hooks(model, self.enter, self.leave), self:
@@ -291,7 +291,7 @@ def is_random(model: nn.Module, images: Tensor) -> bool:
 # The check of the whole model
 
 
-def find_wrong_maps(fields: FieldRun, images: Tensor) -> tuple[list[str] | None, str]:
+def find_wrong_maps(fields: FieldRun) -> tuple[list[str] | None, str]:
     """Probe rows and columns of pixels of the whole model; return the modules whose units see others, and the scope.
 
     Where that cannot be done, return None and the reason.
@@ -299,7 +299,7 @@ def find_wrong_maps(fields: FieldRun, images: Tensor) -> tuple[list[str] | None,
     followed = [(name, known) for name, known in fields.returned if isinstance(known, FeatureMap)]
     if fields.failure or not followed:
         return None, fields.failure or "no module's output is followed"
-    size = images.shape[2:]
+    images, size = fields.images, fields.images.shape[2:]
     run = 10 if math.prod(size) <= 2**10 else 2 if math.prod(size) < 2**14 else 1
     which = "all" if max(size) <= 3 * run else f"the first, middle, last {run}"
     call = Call(partial(units_of_modules, fields.twin[""], [known for _, known in fields.returned]), (images,), {})

@@ -149,8 +149,6 @@ def find_result(branches: tuple[Dependence | str, ...], declared: list[Window] |
     if reasons:
         return reasons[0]
     branches = [branch for branch in branches if branch.changed.any()]
-    if declared and len(branches) > 1:
-        return "its window depends on the image"
     try:
         return find_map(branches, declared) if branches else None
     except CannotFollowError as reason:

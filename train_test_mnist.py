@@ -14,12 +14,17 @@ The first command's output on 2 CPU cores with torch 2.15.0:
     Best: epoch 13, test accuracy 99.21 %, saved as model_checkpoints/best_mnist_model.pth
 """
 
+if __name__ == "__main__":  # first, because the imports take seconds, in which Ctrl-C may come
+    from utils import end_on_signals
+
+    end_on_signals()
+
 import argparse
 import contextlib
-import ctypes
 import math
 import os
 import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -34,7 +39,7 @@ import checkpoints
 import pictures
 from download_mnist import download_mnist, hold_out, load_mnist
 from models import build_model, default_model_name, find_model_name, model_classes
-from utils import ScriptError, default_batch_size, device_type, make_folder, number_type, run_script
+from utils import ScriptError, default_batch_size, device_type, keep_freed_memory, number_type, path_type, run_script
 
 
 def train_one_epoch(
@@ -94,14 +99,18 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) 
 
 
 def main() -> None:
-    """Train, test and save, epoch after epoch."""
+    """Read the command line, and train in a folder that no other run is using."""
     args, recipe, resumed = parse_args()
+    with contextlib.nullcontext() if args.dry_run else checkpoints.hold_folder(args.checkpoint_dir):
+        run(args, recipe, resumed)
+
+
+def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
+    """Train, test and save, epoch after epoch."""
     folder, best_path = args.checkpoint_dir, args.checkpoint_dir / checkpoints.BEST
     done, history = (resumed["epoch"], resumed["history"]) if resumed else (0, [])
-    if not args.dry_run:
-        make_folder(folder)
-        if resumed:
-            checkpoints.prepare_to_resume(folder, resumed)
+    if resumed and not args.dry_run:
+        checkpoints.prepare_to_resume(folder, resumed)
     if done >= args.epochs:
         print(f"{args.resume} has finished epoch {done}: nothing left to do; --epochs may be larger")
         return
@@ -132,7 +141,7 @@ def main() -> None:
     print(f"{args.model} on {args.device}:", ", ".join(f"{name} {value}" for name, value in recipe.items()))
     val_header = "     val loss   accuracy" if val_set else ""
     print(f"epoch   train loss   accuracy{val_header}    test loss   accuracy       best   seconds")
-    path = last_path = args.resume
+    path, last_path, warnings = args.resume, args.resume, set()
     try:
         for epoch in range(done + 1, args.epochs + 1):
             seed_epoch(args.seed, epoch)
@@ -170,15 +179,20 @@ def main() -> None:
                 **recipe,  # its lr is the run's
             }
             if epoch == 1:
-                checkpoints.prepare_new_run(folder)
+                checkpoints.set_aside(folder, checkpoints.files_of_runs(folder))
             path = folder / f"mnist_model_epoch_{epoch}.pth"
             checkpoints.save_checkpoint(path, checkpoint)
             last_path = path
             if best is row:
                 checkpoints.save_checkpoint(best_path, checkpoint)
-            checkpoints.save_log(folder / checkpoints.LOG, history)
-            if args.plot:
-                pictures.draw_curves(folder / checkpoints.CURVES, history, args.model)
+            try:
+                checkpoints.save_log(folder / checkpoints.LOG, history)
+                if args.plot:
+                    pictures.draw_curves(folder / checkpoints.CURVES, history, args.model)
+            except Exception as error:  # whatever they lack, the epoch is saved
+                if str(error) not in warnings:
+                    print(f"Warning: {error}", file=sys.stderr)
+                warnings.add(str(error))
             print(format_row(row, best), flush=True)
     except FloatingPointError as error:
         last = f"the last good checkpoint is {last_path}" if last_path else "nothing was saved"
@@ -241,17 +255,17 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     add_stored("--model", default_model_name(), "class (default: %(default)s)", type=find_model_name, choices=names)
     add_stored("--epochs", 20, "passes over the training set (default: %(default)s)", type=count)
     add_stored("--batch-size", None, "training images a step (default: 128 on a GPU, 64 on a CPU)", type=count)
-    add_stored("--lr", 0.01, "learning rate of SGD (default: %(default)s)", type=number_type(float, 0))
+    add_stored("--lr", 0.01, "learning rate of SGD (default: %(default)s)", type=number_type(float, 0, 1e38))
     add_stored("--lr-scheduler", "constant", "(default: %(default)s)", choices=["constant", "onecyclelr"])
     add_stored("--momentum", 0.9, "of SGD (default: %(default)s)", type=number_type(float, 0, 1))
-    add_stored("--weight-decay", 0.0, "of SGD (default: %(default)s)", type=number_type(float, 0))
+    add_stored("--weight-decay", 0.0, "of SGD (default: %(default)s)", type=number_type(float, 0, 1e38))
     add_stored("--augment", False, "rotate, shear, scale and shift training images at random", action="store_true")
     add_stored("--val-size", 0, "training images held out (default: %(default)s)", type=number_type(int, 0, 50001))
     add_stored("--seed", 1, "of all randomness (default: %(default)s)", type=number_type(int, 0, 2**32))
     add("--test-batch-size", default=250, type=count, help="test images at once (default: %(default)s)")
     add("--device", default="auto", type=device_type, help="auto, cpu, cuda, mps, xpu (default: %(default)s)")
-    add("--data-dir", default="data", type=Path, help="holds MNIST/raw (default: %(default)s)")
-    add_stored("--checkpoint-dir", Path("model_checkpoints"), "holds *.pth (default: %(default)s)", type=Path)
+    add("--data-dir", default="data", type=path_type, help="holds MNIST/raw (default: %(default)s)")
+    add_stored("--checkpoint-dir", Path("model_checkpoints"), "holds *.pth (default: %(default)s)", type=path_type)
     add("--resume", nargs="?", const="newest", metavar="FILE", help="go on from a checkpoint (default: the newest)")
     add("--deterministic", action="store_true", help="let a GPU, too, give the same result every time")
     add("--log-interval", default=10, type=count, help="steps between updates of the bar (default: %(default)s)")
@@ -260,7 +274,7 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     given, checkpoint = vars(parser.parse_args()), None
     options = defaults | given
     if given["resume"] is not None:
-        path = Path(given["resume"])
+        path = Path(given["resume"]).expanduser()
         if given["resume"] == "newest":
             path, checkpoint = checkpoints.find_newest_checkpoint(options["checkpoint_dir"])
         else:
@@ -277,13 +291,6 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     options["batch_size"] = options["batch_size"] or default_batch_size(options["device"])
     recipe = {name: options[name] for name in defaults if name not in ("model", "checkpoint_dir")}
     return argparse.Namespace(**options), recipe, checkpoint
-
-
-def keep_freed_memory() -> None:
-    """Let glibc's malloc keep freed memory: returning it to the system costs a step some 2,000 page faults."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        for threshold in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, in bytes
-            ctypes.CDLL(None).mallopt(threshold, 2**30)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """What every script needs: expected errors, files that are written whole, argument types."""
 
 import contextlib
+import ctypes
+import errno
+import io
 import math
 import os
 import signal
@@ -9,12 +12,49 @@ import uuid
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class ScriptError(Exception):
     """An expected failure; the message is one line that says what happened and what to do."""
+
+
+class LastingStream:
+    """A standard stream that falls silent when writing to it fails: a pipe or terminal that has gone ends no run."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream or io.StringIO()  # it is None if the user has closed it
+        self.failure: OSError | None = None
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
+
+    def write(self, text: str) -> int:
+        """Write the text at once, or nothing from the first failure on."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError as error:
+            self.failure = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        """Return whatever else a stream has."""
+        return getattr(self.stream, name)
+
+
+def end_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM end a script in one line from now on, until run_script takes over."""
+
+    def end(number: int, frame: object) -> None:
+        print(f"{Path(sys.argv[0]).name}: interrupted; run it again", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -27,15 +67,21 @@ def run_script(main: Callable[[], None]) -> None:
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    script = Path(sys.argv[0]).name
-    try:
-        main()
-    except KeyboardInterrupt as interrupted:
-        print(f"{script}: interrupted; {getattr(interrupted, 'advice', 'run it again')}", file=sys.stderr)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # if exiting takes long, a second Ctrl-C ends it at once
-        sys.exit(128 + (interrupted.args or [signal.SIGINT])[0])
-    except (ScriptError, OSError) as error:
-        sys.exit(f"{script}: error: {error}")
+    script, output, errors = Path(sys.argv[0]).name, LastingStream(sys.stdout), LastingStream(sys.stderr)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            main()
+        except KeyboardInterrupt as interrupted:
+            print(f"{script}: interrupted; {getattr(interrupted, 'advice', 'run it again')}", file=sys.stderr)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # if exiting takes long, a second Ctrl-C ends it at once
+            sys.exit(128 + (interrupted.args or [signal.SIGINT])[0])
+        except ScriptError as error:
+            sys.exit(f"{script}: error: {error}")
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}" if error.filename else error
+            sys.exit(f"{script}: error: cannot use {reason}; check it, or name another file or folder")
+    if output.failure and output.failure.errno not in (errno.EPIPE, errno.EIO):  # pipe or terminal has gone
+        sys.exit(f"{script}: error: cannot write the standard output: {output.failure.strerror}; send it elsewhere")
 
 
 def make_folder(path: Path) -> None:
@@ -58,7 +104,8 @@ def write_file(path: Path, data: bytes) -> None:
     except OSError as error:
         raise ScriptError(f"cannot write {path}: {error.strerror}; make room there or choose another folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # not every system can open or sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         stack.callback(os.close, folder)
@@ -83,8 +130,17 @@ def number_type(kind: type, low: float, below: float = math.inf) -> Callable[[st
     return parse
 
 
-def device_type(name: str) -> torch.device:
+def path_type(text: str) -> Path:
+    """Return a path for argparse; ~ is the user's home."""
+    if not text:
+        raise ArgumentTypeError("the path is empty; name a file or folder")
+    return Path(text).expanduser()
+
+
+def device_type(name: str) -> "torch.device":
     """Return the device of that name, for argparse; `auto` is the accelerator that torch offers, else the CPU."""
+    import torch  # takes seconds, which the scripts' --help and early errors need not wait for
+
     if name == "auto":
         backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": getattr(torch, "xpu", None)}
         name = next((key for key, backend in backends.items() if backend and backend.is_available()), "cpu")
@@ -95,6 +151,13 @@ def device_type(name: str) -> torch.device:
     return torch.device(name)
 
 
-def default_batch_size(device: torch.device) -> int:
+def default_batch_size(device: "torch.device") -> int:
     """Return the recipe's batch size in images."""
     return 64 if device.type == "cpu" else 128
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep freed memory: returning it to the system costs a step some 2,000 page faults."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        for threshold in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, in bytes
+            ctypes.CDLL(None).mallopt(threshold, 2**30)

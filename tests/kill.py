@@ -5,13 +5,16 @@
 
 It runs on a tiny data set, in processes forked from this one, which has imported torch already. After each kill every
 checkpoint (every data file) must load whole; the next process goes on; and the end must equal that of a run which
-nobody disturbed. Needs a system with fork.
+nobody disturbed. Training starts in the folder of an earlier run, which must come to no harm, and a second process
+tries to enter the folder at a random moment. Needs a system with fork.
 """
 
 import contextlib
 import io
 import os
 import random
+import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,10 +25,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conftest import TINY_FILES, TINY_SUMS, assert_same, load_all, write_tiny_files
+from conftest import TINY_FILES, TINY_SUMS, assert_same, contents, load_all, write_tiny_files
 
 import download_mnist
 import train_test_mnist
+from checkpoints import load_checkpoint
+from utils import ScriptError
+
+REFUSED = 7  # exit status
 
 
 def start(function: Callable, *args: object) -> int:
@@ -41,15 +48,19 @@ def start(function: Callable, *args: object) -> int:
         with contextlib.redirect_stdout(io.StringIO()):
             function(*args)
         status = 0
+    except ScriptError as error:
+        # Refused, or it has looked at a file that the other process then moved
+        status = REFUSED if re.search("another run is using|No such file", str(error)) else 1
     finally:
         os._exit(status)
 
 
-def train(folder: Path, data_dir: Path) -> None:
-    """Train for four epochs, from the newest checkpoint if there is one."""
+def train(folder: Path, data_dir: Path, seed: int = 1) -> None:
+    """Train for four epochs, from the newest checkpoint if there is one of this seed."""
     sys.argv = ["train_test_mnist.py", "--data-dir", str(data_dir), "--checkpoint-dir", str(folder)]
-    sys.argv += ["--epochs", "4", "--batch-size", "16", "--device", "cpu"]
-    sys.argv += ["--resume"] if list(folder.glob("mnist_model_epoch_*.pth")) else []
+    sys.argv += ["--epochs", "4", "--batch-size", "16", "--device", "cpu", "--seed", str(seed)]
+    own = [path for path in folder.glob("mnist_model_epoch_*.pth") if load_checkpoint(path)["seed"] == seed]
+    sys.argv += ["--resume"] if own else []
     train_test_mnist.main()
 
 
@@ -65,31 +76,41 @@ def load_originals(folder: Path) -> dict[str, bytes]:
 
 def kill(what: str, kills: int, workplace: Path) -> None:
     """Compare runs that were killed with one that was not."""
-    data_dir, undisturbed = workplace / "data", workplace / "undisturbed"
+    data_dir, earlier, undisturbed = workplace / "data", workplace / "earlier", workplace / "undisturbed"
     write_tiny_files(data_dir / "MNIST" / "raw", packed=what == "download")
     function, load, count = (download, load_originals, 4) if what == "download" else (train, load_all, 5)
+    earlier.mkdir()
+    if what == "training":
+        assert os.waitpid(start(train, earlier, data_dir, 2), 0)[1] == 0
     started = time.monotonic()
     assert os.waitpid(start(function, undisturbed, data_dir), 0)[1] == 0
-    longest = 0.6 * (time.monotonic() - started)
+    longest = 0.4 * (time.monotonic() - started)
     expected = load(undisturbed)
     assert len(expected) == count
-    done = runs = 0
+    done = runs = refused = 0
     while done < kills:
-        runs, killed = runs + 1, True
-        folder = workplace / f"run {runs}"
-        while killed:
-            number = start(function, folder, data_dir)
-            if done < kills:
+        runs, statuses = runs + 1, []
+        folder = Path(shutil.copytree(earlier, workplace / f"run {runs}"))
+        while 0 not in statuses:
+            processes = []
+            for _ in range(2):
+                processes.append(start(function, folder, data_dir))
                 time.sleep(random.random() * longest)
-                os.kill(number, signal.SIGKILL)
-            _, status = os.waitpid(number, 0)
-            killed = status == signal.SIGKILL
-            assert killed or status == 0, "it failed before it was killed"
-            done += killed
+            for process in processes if done < kills else ():
+                os.kill(process, signal.SIGKILL)
+            statuses = [os.waitpid(process, 0)[1] for process in processes]
+            assert set(statuses) <= {0, signal.SIGKILL, REFUSED << 8}, f"it failed: {statuses}"
+            done += statuses.count(signal.SIGKILL)
+            refused += statuses.count(REFUSED << 8)
             load(folder)
         assert_same(load(folder), expected)
+        files = {(Path(name).name, data) for name, data in contents(folder).items()}
+        assert {(name, data) for name, data in contents(earlier).items() if data} <= files
+        assert not (folder / "earlier_run_incomplete").exists()
         assert {path.name for path in folder.iterdir()} >= {path.name for path in undisturbed.iterdir()}
-    print(f"{done} kills in {runs} runs: every file whole after each of them, every end as if undisturbed")
+    print(
+        f"{done} kills in {runs} runs, {refused} intruders refused: every file whole after each, every end undisturbed"
+    )
 
 
 if __name__ == "__main__":

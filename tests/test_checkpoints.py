@@ -178,7 +178,7 @@ def test_a_new_run_moves_the_files_of_earlier_ones(kept: set[str], train: Callab
         assert [each for each in train(tmp_path, "--epochs", 1).splitlines() if "Moved" in each] == [line]
         assert contents(tmp_path / f"earlier_run_{number}").keys() == moved
     assert set(contents(tmp_path / "earlier_run_1").values()) == {b"dear"}
-    assert {path.name for path in tmp_path.glob("*.*")} == {ONE, BEST, LOG, "notes.txt"}
+    assert {path.name for path in tmp_path.glob("*.*")} == {ONE, BEST, LOG, "notes.txt", ".lock"}
 
 
 def test_only_the_names_of_epochs_count(train: Callable, folder: Path) -> None:
@@ -186,10 +186,12 @@ def test_only_the_names_of_epochs_count(train: Callable, folder: Path) -> None:
     others = {f"mnist_model_epoch_{number}.pth": b"dear" for number in numbers}
     for name, data in others.items():
         (folder / name).write_bytes(data)
-    for epoch in (9, 10):
-        shutil.copy(folder / FOUR, folder / f"mnist_model_epoch_{epoch}.pth")
-    assert list(epoch_files(folder)) == [1, 2, 3, 4, 9, 10]
+    for epoch in (9, 10, 11):
+        path = folder / f"mnist_model_epoch_{epoch}.pth"
+        torch.save(load_checkpoint(folder / FOUR) | {"epoch": min(epoch, 10)}, path)
+    assert list(epoch_files(folder)) == [1, 2, 3, 4, 9, 10, 11]
     assert find_newest_checkpoint(folder)[0].name == "mnist_model_epoch_10.pth"  # newer than 9
+    assert_refused(path, "it holds epoch 10")
     train(folder, "--resume", folder / TWO, "--epochs", 3)
     train(folder, "--epochs", 1)
     assert others.items() <= contents(folder).items()
@@ -300,6 +302,98 @@ def test_flipped_bits_and_cut_files(folder: Path) -> None:
     for length in (*range(50), *draw.sample(range(len(data)), 40), *range(len(data) - 10, len(data))):
         path.write_bytes(data[:length])
         assert_refused(path)
+
+
+def test_a_run_holds_its_folder(train: Callable, folder: Path, monkeypatch: MonkeyPatch) -> None:
+    def enter(*args: object) -> None:
+        for options in ([], ["--resume"]):
+            with raises(ScriptError, match=f"^another run is using {folder}; wait for its end, or choose another"):
+                train(folder, *options)
+        assert len(load_all(folder)) == 5  # readers may read
+        raise KeyboardInterrupt
+
+    before = contents(folder)
+    with patch("train_test_mnist.train_one_epoch", enter), raises(KeyboardInterrupt):
+        train(folder, "--resume", "--epochs", 9)
+    assert contents(folder) == before | {".lock": b""}
+    train(folder, "--resume", "--epochs", 5)  # it is free again
+
+
+def test_a_move_that_was_killed_is_finished(train: Callable, folder: Path) -> None:
+    before, rename, moved = contents(folder), Path.rename, []
+
+    def rename_three(path: Path, target: Path) -> Path:
+        moved.append(path.name)
+        if len(moved) == 4:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with patch.object(Path, "rename", rename_three), raises(KeyboardInterrupt):
+        train(folder, "--epochs", 1)
+    assert moved[:3] == [FOUR, THREE, TWO]  # what is left is a run that can be resumed
+    train(folder, "--epochs", 1)
+    assert contents(folder / "earlier_run_1") == {name: before[name] for name in before if name != ".lock"}
+    assert {path.name for path in folder.iterdir()} == {ONE, BEST, LOG, ".lock", "earlier_run_1"}
+
+
+def test_links_into_a_store(train: Callable, folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    for path in folder.glob("*.pth"):
+        path.rename(store / path.name).chmod(0o444)
+        path.symlink_to(Path("..", "store", path.name))
+    stored = contents(store)
+    train(folder, "--epochs", 1)
+    assert load_all(folder / "earlier_run_1").keys() == {ONE, TWO, THREE, FOUR, BEST}
+    assert contents(store) == stored
+
+
+def test_another_users_run(train: Callable, folder: Path, monkeypatch: MonkeyPatch) -> None:
+    folder.chmod(0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with raises(
+        ScriptError, match=f"^{folder} holds another user's run, which cannot be moved; choose another folder$"
+    ):
+        train(folder, "--epochs", 1)
+
+
+def test_by_products_cost_no_epoch(
+    train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
+) -> None:
+    monkeypatch.setattr("checkpoints.save_log", Mock(side_effect=ScriptError("cannot write the log")))
+    train(tmp_path, "--epochs", 2)
+    train(tmp_path, "--resume", "--epochs", 4)
+    assert load_all(tmp_path).keys() == {ONE, TWO, THREE, FOUR, BEST}
+    assert capsys.readouterr().err == "Warning: cannot write the log\n" * 2  # one a run
+
+
+class Unusual(torch.nn.Module):
+    """A model with a mask, a state of its own, and sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels, self.extra = torch.nn.Embedding(256, 10, sparse=True), {"steps": 3}
+        self.register_buffer("mask", torch.full((3,), -torch.inf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pixels((100 * x + 50).clamp(0, 255).long().flatten(1)).mean(1)
+
+    def get_extra_state(self) -> object:
+        return self.extra
+
+    def set_extra_state(self, state: object) -> None:
+        self.extra = state
+
+
+def test_what_is_trained_can_be_loaded(train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr("models.model_classes", lambda: {"Unusual": Unusual})
+    monkeypatch.setattr(train_test_mnist, "model_classes", lambda: {"Unusual": Unusual})
+    train(tmp_path, "--model", "Unusual", "--epochs", 2)
+    assert load_all(tmp_path)[TWO]["model_state_dict"]["_extra_state"] == {"steps": 3}
+    train(tmp_path, "--resume", "--epochs", 3)
+    monkeypatch.setattr(Unusual, "get_extra_state", lambda self: Path("a"))
+    with raises(ScriptError, match=f"^cannot save {tmp_path / ONE}: the model's state holds more than tensors"):
+        train(tmp_path, "--model", "Unusual", "--epochs", 2)
 
 
 @pytest.fixture(params=["No space left on device", "File too large"])

@@ -47,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         elif answer == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
+        elif answer == "garbage":
+            self.wfile.write(b"\x1b[31m\x80\n\n")
         elif isinstance(answer, int):
             self.send_error(answer)
         elif isinstance(answer, str):
@@ -203,16 +205,31 @@ class TestDownload:
         assert [(process.communicate(timeout=60)[1], process.returncode) for process in processes] == [(b"", 0)] * 2
         assert contents(tmp_path / "MNIST" / "raw") == TINY_FILES
 
-    def test_a_damaged_file_is_replaced(self, tmp_path: Path, tiny_gz: Path) -> None:
+    def test_a_damaged_file_is_replaced(self, tmp_path: Path, tiny_gz: Path, capsys: CaptureFixture) -> None:
         raw = dm.download_mnist(tmp_path, str(tiny_gz))
         data = TINY_FILES[NAMES[2]]
+        kept = {}
         for wrong in (data[:5000], b"", data[:-1] + bytes([data[-1] ^ 1]), TINY_FILES[NAMES[0]]):
             (raw / NAMES[2]).write_bytes(wrong)
             with raises(ScriptError, match=NAMES[2]):  # without a source it is named, and left as it is
                 dm.download_mnist(tmp_path)
             assert (raw / NAMES[2]).read_bytes() == wrong
             dm.download_mnist(tmp_path, str(tiny_gz))
-            assert contents(raw) == TINY_FILES
+            kept[f"{NAMES[2]}.other_{len(kept) + 1}"] = wrong  # it may be another data set's
+            assert contents(raw) == TINY_FILES | kept
+            assert f"{raw / NAMES[2]} was not MNIST's file; it is kept as {[*kept][-1]}\n" == capsys.readouterr().out
+
+    def test_a_folder_in_the_way(self, tmp_path: Path, tiny_gz: Path) -> None:
+        (tmp_path / "MNIST" / "raw" / NAMES[0] / "mine").mkdir(parents=True)
+        raw = dm.download_mnist(tmp_path, str(tiny_gz))
+        assert contents(raw) == TINY_FILES
+        assert (raw / f"{NAMES[0]}.other_1" / "mine").is_dir()
+
+    def test_no_answer_makes_the_message_unreadable(self, tmp_path: Path, server: Server) -> None:
+        for answer in ("garbage", f"{server.url}/{GZ_NAMES[0]}"):  # the latter is a redirect to itself
+            server.answers[GZ_NAMES[0]] = answer
+            with raises(ScriptError, match=r"^[ -~]{1,999}\Z"):
+                dm.download_mnist(tmp_path, server.url)
 
 
 def test_script_says_in_one_line_what_failed(tmp_path: Path, server: Server) -> None:

@@ -270,4 +270,4 @@ def test_a_mistake_fails_its_check(monkeypatch: pytest.MonkeyPatch, mistake: Cal
 
 def test_a_declared_window_that_a_replay_does_not_show_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Call, "declared_windows", lambda call: [(4, 1, 1, 1)] * 2)
-    assert analyze(Sequential(conv()), (28, 28), 2).problems() == ["windows: wrong at 0"]
+    assert analyze(Sequential(Sequential(conv())), (28, 28), 2).problems() == ["windows: wrong at 0.0"]

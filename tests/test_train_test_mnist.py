@@ -72,7 +72,7 @@ class TestTraining:
 
     def test_files_and_output(self, trained: tuple[Path, str]) -> None:
         folder, output = trained
-        assert {path.name for path in folder.iterdir()} == {*EPOCHS, BEST, "training_log.csv"}
+        assert {path.name for path in folder.iterdir()} == {*EPOCHS, BEST, "training_log.csv", ".lock"}
         rows = table(output + tt.__doc__.replace("\n    ", "\n"))  # which shows the same columns
         lines = output.splitlines()
         assert re.fullmatch(r"Model5 on cpu: epochs 4, batch_size 16, lr 0\.05, .*, seed 1", lines[0])
@@ -275,7 +275,8 @@ class TestTraining:
             "--epochs 0", "--epochs 1.5", "--batch-size -1", "--batch-size 1000000000", "--test-batch-size 0",
             "--log-interval 0", "--lr nan", "--lr inf", "--lr -0.1", "--lr fast", "--momentum 1", "--momentum nan",
             "--weight-decay -1", "--val-size -1", "--val-size 50001", "--seed -1", "--seed 4294967296",
-            "--lr-scheduler step", "--device abacus", "--device meta", "--model nonsense",
+            "--lr-scheduler step", "--device abacus", "--device meta", "--model nonsense", "--lr 1e308",
+            "--weight-decay 1e308",
         ],
     )  # fmt: skip
     def test_wrong_values(self, options: str, capsys: CaptureFixture) -> None:

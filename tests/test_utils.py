@@ -1,7 +1,10 @@
 """Files that are written whole, scripts that end in one line, and the argument types."""
 
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -11,9 +14,10 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from conftest import ROOT
 from pytest import CaptureFixture, FixtureRequest, MonkeyPatch, raises
 
-from utils import ScriptError, default_batch_size, device_type, number_type, run_script, write_file
+from utils import ScriptError, default_batch_size, device_type, number_type, path_type, run_script, write_file
 
 
 @pytest.mark.parametrize(("owner", "step", "number"), [(Path, "open", 13), (os, "fsync", 28), (Path, "replace", 28)])
@@ -63,9 +67,12 @@ def receive(*numbers: int) -> None:
     time.sleep(9)
 
 
+CHECK = "check it, or name another file or folder"
 INT, TERM = signal.SIGINT, signal.SIGTERM
 ENDS = [
-    *[(Mock(side_effect=kind("no room")), "script.py: error: no room") for kind in (ScriptError, OSError)],
+    (Mock(side_effect=ScriptError("no room")), "script.py: error: no room"),
+    (Path("none").read_bytes, f"script.py: error: cannot use none: No such file or directory; {CHECK}"),
+    (Mock(side_effect=OSError("no room")), f"script.py: error: cannot use no room; {CHECK}"),
     (Mock(side_effect=ZeroDivisionError), ZeroDivisionError),  # a defect keeps its traceback
     (Mock(side_effect=KeyboardInterrupt), 130),
     *[(partial(receive, *numbers), 128 + numbers[0]) for numbers in ([TERM], [INT, INT], [INT, TERM])],
@@ -110,3 +117,52 @@ def test_wrong_device() -> None:
     for name in ("abacus", "meta"):
         with raises(ArgumentTypeError, match=rf"^cannot use '{name}' \(.*\); use auto or cpu$"):
             device_type(name)
+
+
+PRINTING = """
+import sys
+from pathlib import Path
+from utils import run_script
+def main():
+    for number in range(3):
+        print("a letter that ASCII lacks: \u0440", file=sys.stderr if number == 1 else sys.stdout)
+        Path(str(number)).touch()
+run_script(main)
+"""
+FULL = "-c: error: cannot write the standard output: No space left on device; send it elsewhere\n"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "errors"),
+    [
+        ("> out", "a letter"),
+        ("2>&1 | head -c 1 > out", ""),
+        (">&- 2>&-", ""),
+        ("2> /dev/full > out", ""),
+        ("> /dev/full", FULL),
+    ],
+)
+def test_no_print_ends_a_script(redirection: str, errors: str, tmp_path: Path) -> None:
+    command = f"set -o pipefail; {shlex.quote(sys.executable)} -c '{PRINTING}' {redirection}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert errors in result.stderr
+    assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+    assert result.returncode == (errors == FULL)
+    assert {"0", "1", "2"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint(1 / 0)\n")
+    for script in ("analyze_model.py", "download_mnist.py", "train_test_mnist.py"):
+        result = subprocess.run(
+            [sys.executable, ROOT / script], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+        )
+        assert (result.returncode, result.stderr) == (130, f"{script}: interrupted; run it again\n")
+
+
+def test_paths(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert path_type("~/runs") == Path("/home/me/runs")
+    with raises(ArgumentTypeError, match="empty"):
+        path_type("")
