@@ -26,9 +26,8 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
-from models import build_model
+from model_check import ChangedModelError, check_states
 from utils import ScriptError, make_folder, write_file
 
 NOT_PLAIN = "more than tensors, numbers and text"
@@ -81,12 +80,15 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
             numbers += ["best_epoch", "epochs", "batch_size", "lr", "momentum", "seed"]
         missing = [key for key in states + numbers if key not in checkpoint]
         if missing:
-            raise ValueError(f"it has no {', '.join(missing)}")
+            whose = "it is another program's and" if "model_name" in missing else "it"
+            raise ValueError(f"{whose} has no {', '.join(missing)}")
         if not all(math.isfinite(checkpoint[key]) for key in numbers):
             raise ValueError("a number in it is not finite")
         if epoch_in(path) not in (None, checkpoint["epoch"]):
             raise ValueError(f"it holds epoch {checkpoint['epoch']}")
-        check_states(checkpoint)
+        check_states(checkpoint, to_resume)
+    except ChangedModelError as error:
+        raise ChangedModelError(f"{path} {error}") from error
     except Exception as error:  # a file that is no checkpoint can fail anywhere
         reason = getattr(error, "strerror", None) or textwrap.shorten(str(error), 200) or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
@@ -95,18 +97,12 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
     return checkpoint
 
 
-def check_states(checkpoint: dict) -> None:
-    """Raise an exception unless the states fit the model that the checkpoint names and are finite."""
-    model = build_model(checkpoint["model_name"])
-    model.load_state_dict(checkpoint["model_state_dict"])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-    momenta = [(p, m) for p, state in optimizer.state.items() for m in state.values() if isinstance(m, Tensor)]
-    if any(momentum.shape != parameter.shape for parameter, momentum in momenta):
-        raise ValueError("its optimizer is another model's")
-    tensors = [*model.parameters(), *(momentum for _, momentum in momenta if not momentum.is_sparse)]
-    if not all(tensor.isfinite().all() for tensor in tensors):  # a buffer may hold infinities, as a mask does
-        raise ValueError("a weight or a momentum in it is not finite")
+def load_weights(path: Path, model_name: str) -> dict:
+    """Return the weights in a checkpoint; raise ScriptError if it cannot be loaded, or if they are another model's."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint["model_name"] != model_name:
+        raise ScriptError(f"{path} holds weights of {checkpoint['model_name']}: give --model this name")
+    return checkpoint["model_state_dict"]
 
 
 def epoch_in(path: Path) -> int | None:
@@ -135,6 +131,8 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
     for path in [*reversed(epoch_files(folder).values()), *folder.glob(BEST)]:
         try:
             checkpoint = load_checkpoint(path, to_resume=True)
+        except ChangedModelError:  # older files are no remedy
+            raise
         except ScriptError as error:
             damaged.append(str(error))
         else:

@@ -14,7 +14,7 @@ import inspect
 
 from torch import nn
 
-from utils import ScriptError
+from utils import ScriptError, describe_error
 
 
 class Model1(nn.Sequential):
@@ -128,16 +128,17 @@ class Model5(nn.Sequential):
 
 
 def model_classes() -> dict[str, type[nn.Module]]:
-    """Return the models of this file by class name: each nn.Module whose constructor needs no arguments."""
+    """Return the models of this file by class name: each nn.Module that can be built without arguments."""
     members = [each for each in globals().values() if isinstance(each, type) and issubclass(each, nn.Module)]
-    return {each.__name__: each for each in members if each.__module__ == __name__ and not needs_arguments(each)}
+    own = [each for each in members if each.__module__ == __name__ and not inspect.isabstract(each)]
+    return {each.__name__: each for each in own if not missing_defaults(each)}
 
 
-def needs_arguments(model_class: type[nn.Module]) -> bool:
-    """Tell whether the constructor has a parameter without a default."""
+def missing_defaults(model_class: type[nn.Module]) -> list[str]:
+    """Return the constructor's parameters that have no default."""
     parameters = inspect.signature(model_class).parameters.values()
     named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    return any(each.default is each.empty for each in named)
+    return [each.name for each in named if each.default is each.empty]
 
 
 def default_model_name() -> str:
@@ -149,15 +150,26 @@ def default_model_name() -> str:
 
 
 def find_model_name(name: str) -> str:
-    """Return the class name that `name` spells in upper or lower case, or `name` itself if there is none."""
+    """Return the class name that `name` spells, exactly or else in upper or lower case, or `name` if there is none.
+
+    Raises ScriptError if two names differ in case alone, or if the class cannot be built without arguments.
+    """
     names = list(model_classes())
-    spelled = {each.lower(): each for each in reversed(names)}  # the first of names that differ in case alone
-    return name if name in names else spelled.get(name.lower(), name)
+    spelled = [name] if name in names else [each for each in names if each.lower() == name.lower()]
+    if len(spelled) > 1:
+        raise ScriptError(f"{name!r} may be {' or '.join(spelled)} of models.py: write it as it stands there")
+    part = globals().get(name)
+    if not spelled and isinstance(part, type) and issubclass(part, nn.Module) and missing_defaults(part):
+        raise ScriptError(f"{name} of models.py cannot be built: give {', '.join(missing_defaults(part))} a default")
+    return spelled[0] if spelled else name
 
 
 def build_model(name: str) -> nn.Module:
-    """Build the model of that class name, upper or lower case; raise ScriptError if there is none."""
+    """Build the model of that class name, upper or lower case; raise ScriptError if there is none or it fails."""
     classes = model_classes()
     if find_model_name(name) not in classes:
         raise ScriptError(f"models.py has no model {name!r}; it has {', '.join(classes)}")
-    return classes[find_model_name(name)]()
+    try:
+        return classes[find_model_name(name)]()
+    except Exception as error:  # whatever a constructor raises
+        raise ScriptError(f"{name} cannot be built: {describe_error(error)}; mend its constructor") from error

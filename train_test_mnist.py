@@ -9,9 +9,7 @@ The first command's output on 2 CPU cores with torch 2.15.0:
     Model5 on cpu: epochs 20, batch_size 64, lr 0.01, lr_scheduler constant, momentum 0.9, ... seed 1
     epoch   train loss   accuracy    test loss   accuracy       best   seconds
         1       0.3930    89.66 %       0.0931    97.17 %    97.17 %      16.7
-        ...
        20       0.0253    99.21 %       0.0259    99.16 %    99.21 %      15.9
-    Best: epoch 13, test accuracy 99.21 %, saved as model_checkpoints/best_mnist_model.pth
 """
 
 if __name__ == "__main__":  # first, because the imports take seconds, in which Ctrl-C may come
@@ -38,6 +36,7 @@ from tqdm import tqdm
 import checkpoints
 import pictures
 from download_mnist import download_mnist, hold_out, load_mnist
+from model_check import check_model
 from models import build_model, default_model_name, find_model_name, model_classes
 from utils import ScriptError, default_batch_size, device_type, keep_freed_memory, number_type, path_type, run_script
 
@@ -118,7 +117,6 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     keep_freed_memory()
-
     download_mnist(args.data_dir)
     train_set, test_set = (load_mnist(args.data_dir, train, args.device) for train in (True, False))
     train_set, val_set = hold_out(*train_set, args.val_size) if args.val_size else (train_set, None)
@@ -133,6 +131,9 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         model.load_state_dict(resumed["model_state_dict"])
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
         print(f"Going on from {args.resume}")
+    elif args.init_from != "none":
+        model.load_state_dict(checkpoints.load_weights(Path(args.init_from), args.model))
+    check_model(args.model, model.state_dict(), *train_set, args.batch_size)
     scheduler = None
     if args.lr_scheduler == "onecyclelr":
         n = math.ceil(len(train_set[0]) / args.batch_size)  # steps in an epoch
@@ -261,6 +262,7 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     add_stored("--weight-decay", 0.0, "of SGD (default: %(default)s)", type=number_type(float, 0, 1e38))
     add_stored("--augment", False, "rotate, shear, scale and shift training images at random", action="store_true")
     add_stored("--val-size", 0, "training images held out (default: %(default)s)", type=number_type(int, 0, 50001))
+    add_stored("--init-from", "none", "checkpoint whose weights a new run starts with (default: none)", metavar="FILE")
     add_stored("--seed", 1, "of all randomness (default: %(default)s)", type=number_type(int, 0, 2**32))
     add("--test-batch-size", default=250, type=count, help="test images at once (default: %(default)s)")
     add("--device", default="auto", type=device_type, help="auto, cpu, cuda, mps, xpu (default: %(default)s)")
@@ -284,7 +286,8 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
             may_change = name == "epochs" and stored["lr_scheduler"] == "constant"
             if given[name] != stored[name] and not may_change:
                 option = f"--{name.replace('_', '-')} {given[name]}"
-                parser.error(f"{option} contradicts {path}, whose run has {stored[name]}; leave it out")
+                new_run = f"or start a new run from its weights with --init-from {path}"
+                parser.error(f"{option} contradicts {path}, whose run has {stored[name]}; leave it out, {new_run}")
         options = {name: stored[name] for name in defaults} | given | {"resume": path}
     if given["plot"]:
         pictures.require_matplotlib()

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import traceback
 import uuid
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -161,3 +162,14 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         for threshold in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, in bytes
             ctypes.CDLL(None).mallopt(threshold, 2**30)
+
+
+def describe_error(error: Exception) -> str:
+    """Return what an error says in its first line, and the line of models.py that it comes from."""
+    lines = [
+        f"models.py, line {frame.lineno}: "
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).name == "models.py"
+    ]
+    message = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{lines[-1] if lines else ''}{message}"

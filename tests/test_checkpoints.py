@@ -93,7 +93,7 @@ def test_options_are_remembered_and_epochs_may_grow(train: Callable, folder: Pat
     [
         ("--model Model1", "Model5"), ("--batch-size 8", 16), ("--lr 0.5", 0.05), ("--momentum 0.5", 0.9),
         ("--seed 2", 1), ("--val-size 20", 0), ("--lr-scheduler onecyclelr", "constant"), ("--augment", False),
-        ("--weight-decay 0.1", 0.0), ("--checkpoint-dir other", "/.*/checkpoints"),
+        ("--weight-decay 0.1", 0.0), ("--checkpoint-dir other", "/.*/checkpoints"), ("--init-from other.pth", "none"),
     ],
 )  # fmt: skip
 def test_a_contradiction(given: str, stored: object, train: Callable, folder: Path, capsys: CaptureFixture) -> None:
@@ -101,7 +101,8 @@ def test_a_contradiction(given: str, stored: object, train: Callable, folder: Pa
     with raises(SystemExit, match="2"):
         train(folder, "--resume", folder / FOUR, *given.split())
     (error,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"{given}( True)? contradicts {folder / FOUR}, whose run has {stored}; leave it out$", error)
+    message = f"{given}( True)? contradicts {folder / FOUR}, whose run has {stored}; leave it out, or .* --init-from "
+    assert re.search(message, error)
     assert contents(folder) == before
 
 
@@ -242,11 +243,9 @@ def test_the_best_file_is_restored(
         ([], bytes(9999), ""),
         ([], pickle.dumps(Bomb()), ""),
         ([], torch.ones(3), ""),
-        ([], [1, 2], "has no model_name, .*, epoch, "),
-        ([], {"weight": torch.ones(3)}, "has no model_name, .*, epoch, "),
+        ([], [1, 2], "another program's and has no model_name, .*, epoch, "),
+        ([], {"module.weight": torch.ones(3)}, "another program's and has no model_name, .*, epoch, "),
         (["extra"], Bomb(), "more than tensors"),
-        (["model_name"], "Model1", "Missing key"),
-        (["model_name"], "ResNet", "ResNet"),
         (["epoch"], "four", ""),
         (["best_test_accuracy"], torch.nan, "not finite"),
         (["model_state_dict", LAST, 0], torch.nan, "not finite"),
@@ -454,4 +453,4 @@ def test_evaluation_notices_too() -> None:
 def test_kill(what: str) -> None:
     result = run("tests/kill.py", what, 10)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("10 kills in ")
+    assert re.match("1[01] kills in ", result.stdout)

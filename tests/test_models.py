@@ -17,6 +17,7 @@ from utils import ScriptError
 
 PARAMETERS = {"Model1": 14_620, "Model2": 14_796, "Model5": 8_018}
 OWN_CLASSES = """
+import abc
 from torch.nn import Identity
 class Scale(nn.Module):
     def __init__(self, factor): ...
@@ -28,6 +29,9 @@ class TinyNet(nn.Sequential):
 class Passing(TinyNet):
     def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
 class Inheriting(Model1): ...
+class Abstract(nn.Module, abc.ABC):
+    @abc.abstractmethod
+    def head(self): ...
 """
 
 
@@ -75,7 +79,9 @@ def test_names_in_upper_and_lower_case(monkeypatch: MonkeyPatch) -> None:
     with raises(ScriptError, match=r"^models.py has no model 'Model3'; it has Model1, Model2, Model5$"):
         models.build_model("Model3")
     monkeypatch.setattr(models, "model_classes", lambda: {"Net": nn.Linear, "net": nn.ReLU})
-    assert [models.find_model_name(name) for name in ("Net", "net", "NET")] == ["Net", "net", "Net"]
+    assert [models.find_model_name(name) for name in ("Net", "net")] == ["Net", "net"]
+    with raises(ScriptError, match=r"^'NET' may be Net or net of models\.py: write it as it stands there$"):
+        models.find_model_name("NET")
 
 
 def test_own_classes_need_no_second_place(tmp_path: Path) -> None:
@@ -85,6 +91,7 @@ def test_own_classes_need_no_second_place(tmp_path: Path) -> None:
     listed = [*PARAMETERS, "TinyNet", "Passing", "Inheriting"]  # Scale and Shift need arguments; Identity is torch's
     for script in ("train_test_mnist.py", "analyze_model.py"):
         assert_one_line(run(script, "--model", "nonsense", cwd=tmp_path), "nonsense", *listed)
+    assert_one_line(run("analyze_model.py", "--model", "Shift", cwd=tmp_path), "Shift", "give by a default")
     result = run("analyze_model.py", "--model", "tinynet", "passing", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"^total +5,860 +14 +5,874 ", result.stdout, re.MULTILINE)) == 2

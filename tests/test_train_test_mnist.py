@@ -24,7 +24,7 @@ from models import build_model
 from utils import ScriptError
 
 RECIPE = {"epochs": 20, "batch_size": 64, "lr": 0.01, "lr_scheduler": "constant", "momentum": 0.9}
-RECIPE |= {"weight_decay": 0.0, "augment": False, "val_size": 0, "seed": 1}
+RECIPE |= {"weight_decay": 0.0, "augment": False, "val_size": 0, "init_from": "none", "seed": 1}
 EPOCHS = [f"mnist_model_epoch_{epoch}.pth" for epoch in (1, 2, 3, 4)]
 
 
@@ -290,8 +290,8 @@ class TestTraining:
         with raises(SystemExit):
             parse("--help")
         text = capsys.readouterr().out
-        assert len(re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)) == 19
-        assert len(re.findall(r"\(default:\s", text)) == 15  # all but --augment, --deterministic, --plot and --dry-run
+        assert len(re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)) == 20
+        assert len(re.findall(r"\(default:\s", text)) == 16  # all but --augment, --deterministic, --plot and --dry-run
 
     @pytest.mark.parametrize("option", ["--data-dir", "--checkpoint-dir"])
     def test_folder_that_is_a_file(self, option: str, train: Callable, tmp_path: Path) -> None:

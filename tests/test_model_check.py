@@ -1,0 +1,178 @@
+"""Before training: what is refused, what is worth a warning; after it: classes that have changed since."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pytest import CaptureFixture, MonkeyPatch, raises
+from torch import Tensor, nn
+
+import models
+from checkpoints import load_checkpoint
+from model_check import check_model
+from models import build_model
+from utils import ScriptError
+
+
+class Net(nn.Module):
+    """A linear model; forward(x) computes what a test asks for with its layer."""
+
+    compute: Callable = staticmethod(lambda layer, x: layer(x.flatten(1)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+
+    def forward(self, x: Tensor) -> object:
+        return type(self).compute(self.layer, x)
+
+
+class Raising(nn.Module):
+    """A model whose constructor fails."""
+
+    def __init__(self) -> None:
+        raise ValueError("no luck")
+
+
+def model(compute: Callable) -> type[Net]:
+    return type("Own", (Net,), {"compute": staticmethod(compute)})
+
+
+def of_layers(*layers: nn.Module) -> type[nn.Module]:
+    return type("Own", (nn.Sequential,), {"__init__": lambda self: nn.Sequential.__init__(self, *layers)})
+
+
+def check(monkeypatch: MonkeyPatch, model_class: type[nn.Module], count: int = 8) -> None:
+    monkeypatch.setattr(models, "model_classes", lambda: {"Own": model_class})
+    torch.manual_seed(0)
+    images, labels = torch.randn(count, 1, 28, 28), torch.arange(count) % 10
+    check_model("Own", build_model("Own").state_dict(), images, labels, batch_size=4)
+
+
+FLAT = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+REFUSED = {
+    "no parameters": (of_layers(nn.Flatten()), "has nothing to train: no parameters"),
+    "all frozen": (of_layers(FLAT.requires_grad_(False)), "has nothing to train: .*requires_grad"),
+    "nine outputs": (model(lambda layer, x: layer(x.flatten(1))[:, :9]), r"returns .*\(4, 9\) .* \(4, 10\)"),
+    "a map": (model(lambda layer, x: layer(x.flatten(1))[..., None, None]), r"returns .*\(4, 10, 1, 1\)"),
+    "squeezed": (model(lambda layer, x: layer(x.flatten(1)).squeeze()), r"returns .*\(10,\) for 1 images"),
+    "a tuple": (model(lambda layer, x: (layer(x.flatten(1)), x)), "returns tuple for 4 images"),
+    "integers": (model(lambda layer, x: layer(x.flatten(1)).long()), "returns torch.int64"),
+    "three channels": (of_layers(nn.Conv2d(3, 10, 28), nn.Flatten()), "fails in training on a batch 4x1x28x28: .*3 ch"),
+    "float64": (of_layers(nn.Flatten(), nn.Linear(784, 10).double()), "fails in training .*dtype"),
+    "NaN": (model(lambda layer, x: layer(x.flatten(1)) / 0 * 0), "returns NaN or infinity before any training"),
+    "in place": (model(lambda layer, x: layer(x.flatten(1)).exp().mul_(2)), "cannot be trained: .*inplace"),
+    "constructor": (Raising, "cannot be built: .*no luck; mend its constructor"),
+}
+
+
+@pytest.mark.parametrize(("model_class", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(model_class: type[nn.Module], message: str, monkeypatch: MonkeyPatch) -> None:
+    with raises(ScriptError, match=rf"\AOwn {message}.*\Z"):
+        check(monkeypatch, model_class)
+
+
+def test_a_last_batch_of_one_image(monkeypatch: MonkeyPatch) -> None:
+    normalised = of_layers(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
+    check(monkeypatch, normalised, count=8)
+    with raises(ScriptError, match=r"fails in training on a batch 1x1x28x28: .* or choose another --batch-size$"):
+        check(monkeypatch, normalised, count=9)
+
+
+WARNED = {
+    "probabilities": (model(lambda layer, x: layer(x.flatten(1)).softmax(1)), "returns probabilities"),
+    "dropout": (model(lambda layer, x: layer(nn.functional.dropout(x.flatten(1)))), "is random in evaluation, too"),
+    "mixing": (model(lambda layer, x: layer((x - x.mean(0)).flatten(1))), "mixes the images of a batch"),
+}
+
+
+@pytest.mark.parametrize(("model_class", "message"), WARNED.values(), ids=WARNED)
+def test_warned(model_class: type, message: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    check(monkeypatch, model_class)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Warning: Own {message}")
+
+
+@pytest.mark.parametrize("name", ["Model1", "Model2", "Model5"])
+def test_a_sound_model(name: str, capsys: CaptureFixture) -> None:
+    trained = build_model(name)
+    trained(torch.randn(8, 1, 28, 28))
+    before = {key: tensor.clone() for key, tensor in trained.state_dict().items()}
+    check_model(name, trained.state_dict(), torch.randn(9, 1, 28, 28), torch.arange(9), batch_size=4)
+    assert all(tensor.equal(before[key]) for key, tensor in trained.state_dict().items())
+    assert capsys.readouterr().err == ""
+
+
+def test_the_place_in_models_py(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    source = "from torch import nn\nclass Own(nn.Linear):\n    def forward(self, x):\n        return x.nonsense\n"
+    namespace: dict = {}
+    exec(compile(source, "/some/models.py", "exec"), namespace)
+    own = type("Own", (namespace["Own"],), {"__init__": lambda self: nn.Linear.__init__(self, 784, 10)})
+    with raises(ScriptError, match=r"models\.py, line 4: 'Tensor' object has no attribute 'nonsense'"):
+        check(monkeypatch, own)
+
+
+def test_nothing_is_written_before_the_check(train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    (tmp_path / "best_mnist_model.pth").write_text("dear")
+    monkeypatch.setattr(models, "model_classes", lambda: {"Model5": model(lambda layer, x: x)})
+    for options in ([], ["--dry-run"]):
+        with raises(ScriptError, match=r"^Model5 returns "):
+            train(tmp_path, *options)
+    assert {path.name for path in tmp_path.iterdir()} <= {"best_mnist_model.pth", ".lock"}
+
+
+def changed_model5(block: str, number: int, layer: nn.Module) -> type[nn.Module]:
+    """Model5 with one of its layers replaced."""
+
+    def build(self: nn.Module) -> None:
+        models.Model5.__init__(self)
+        getattr(self, block)[number] = layer
+
+    return type("Model5", (models.Model5,), {"__init__": build})
+
+
+def test_a_changed_class(trained: tuple[Path, str], train: Callable, monkeypatch: MonkeyPatch) -> None:
+    folder = trained[0]
+    path, remedy = (
+        folder / "mnist_model_epoch_4.pth",
+        "restore the class, give the changed one a new name, or start anew",
+    )
+    changed = changed_model5("input_block", 0, nn.Conv2d(1, 6, 3))
+    monkeypatch.setattr(models, "model_classes", lambda: {"Model5": changed})
+    was = re.escape(
+        "input_block.0 was Conv2d(1, 6, kernel_size=(3, 3), stride=(1, 1), bias=False) and is Conv2d(1, 6, "
+    )
+    for options in (["--resume"], ["--resume", path]):  # one message, though there are four files
+        with raises(
+            ScriptError, match=rf"\A{path} was trained with another Model5: {was}.*; {remedy} without --resume\Z"
+        ):
+            train(folder, *options, "--epochs", 9)
+    monkeypatch.setattr(models, "model_classes", lambda: {"Model6": changed})
+    with raises(
+        ScriptError, match=rf"\A{path} was trained with Model5, but models\.py has no model 'Model5'.*; {remedy}"
+    ):
+        train(folder, "--resume", "--epochs", 9)
+
+
+def test_a_changed_class_that_fits(trained: tuple[Path, str], monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    path, changed = trained[0] / "mnist_model_epoch_4.pth", changed_model5("transition_block", 2, nn.Identity())
+    monkeypatch.setattr(models, "model_classes", lambda: {"Model5": changed})
+    load_checkpoint(path)  # to analyze it, say
+    assert capsys.readouterr().err == ""
+    load_checkpoint(path, to_resume=True)
+    change = "transition_block.2 was Dropout(p=0.1, inplace=False) and is Identity()"
+    assert capsys.readouterr().err == f"Warning: Model5 has changed since this run was started: {change}\n"
+
+
+def test_a_new_run_from_old_weights(trained: tuple[Path, str], train: Callable, tmp_path: Path) -> None:
+    path = trained[0] / "best_mnist_model.pth"
+    train(tmp_path, "--init-from", path, "--lr", 0, "--epochs", 1)
+    new, old = load_checkpoint(tmp_path / "mnist_model_epoch_1.pth"), load_checkpoint(path)
+    assert (new["epoch"], new["init_from"], new["lr"]) == (1, str(path), 0)
+    weights = [key for key in old["model_state_dict"] if key.endswith("0.weight")]
+    assert all(new["model_state_dict"][key].equal(old["model_state_dict"][key]) for key in weights)
+    train(tmp_path, "--resume", "--epochs", 2)
+    with raises(ScriptError, match=f"^{path} holds weights of Model5: give --model this name$"):
+        train(tmp_path / "other", "--init-from", path, "--model", "Model1")
