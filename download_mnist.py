@@ -121,7 +121,7 @@ def hold_out(images: Tensor, labels: Tensor, size: int) -> tuple[tuple[Tensor, T
 
 def is_original(name: str, data: bytes) -> bool:
     """Tell whether `data` is the published IDX file `name`."""
-    return hashlib.sha256(data).hexdigest() == FILES[name][1]
+    return len(data) == FILES[name][0] and hashlib.sha256(data).hexdigest() == FILES[name][1]
 
 
 def read_gz_files(origin: str | Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
