@@ -139,16 +139,20 @@ def path_type(text: str) -> Path:
 
 
 def device_type(name: str) -> "torch.device":
-    """Return the device of that name, for argparse; `auto` is the accelerator that torch offers, else the CPU."""
+    """Return the device of that name, for argparse; `auto` is an accelerator that torch can use, else the CPU."""
     import torch  # takes seconds, which the scripts' --help and early errors need not wait for
 
-    if name == "auto":
+    if auto := (name == "auto"):
         backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": getattr(torch, "xpu", None)}
         name = next((key for key, backend in backends.items() if backend and backend.is_available()), "cpu")
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise ArgumentTypeError(f"cannot use {name!r} ({str(error).splitlines()[0]}); use auto or cpu") from error
+        problem = f"cannot use {name!r} ({str(error).splitlines()[0]})"
+        if not auto:
+            raise ArgumentTypeError(f"{problem}; use auto or cpu") from error
+        print(f"Warning: {problem}; using the CPU", file=sys.stderr)
+        name = "cpu"
     return torch.device(name)
 
 

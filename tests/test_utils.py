@@ -113,6 +113,15 @@ def test_auto_device(offered: list[str], monkeypatch: MonkeyPatch) -> None:
     assert default_batch_size(torch.device(offered[0])) == (64 if offered == ["cpu"] else 128)
 
 
+def test_auto_where_the_gpu_cannot_be_used(monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", Mock(side_effect=RuntimeError("no kernel image\nmore lines")))
+    assert device_type("auto") == torch.device("cpu")
+    assert capsys.readouterr() == ("", "Warning: cannot use 'cuda' (no kernel image); using the CPU\n")
+    with raises(ArgumentTypeError, match=r"^cannot use 'cuda' \(no kernel image\); use auto or cpu$"):
+        device_type("cuda")
+
+
 def test_wrong_device() -> None:
     for name in ("abacus", "meta"):
         with raises(ArgumentTypeError, match=rf"^cannot use '{name}' \(.*\); use auto or cpu$"):
