@@ -1,5 +1,6 @@
 """What every script needs: expected errors, files that are written whole, argument types."""
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -54,8 +55,7 @@ def end_on_signals() -> None:
         print(f"{Path(sys.argv[0]).name}: interrupted; run it again", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
+    end.replaced = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -66,15 +66,17 @@ def run_script(main: Callable[[], None]) -> None:
             signal.signal(each, lambda *_: None)  # Python complains if one is pending when SIG_IGN is set
         raise KeyboardInterrupt(number)
 
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    replaced = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    replaced = getattr(replaced[signal.SIGINT], "replaced", replaced)  # by end_on_signals, if that was called
     script, output, errors = Path(sys.argv[0]).name, LastingStream(sys.stdout), LastingStream(sys.stderr)
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), contextlib.ExitStack() as stack:
+        stack.callback(atexit.register, signal.signal, signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a slow exit at once
+        for each, handler in replaced.items():  # the session of IPython's %run goes on
+            stack.callback(signal.signal, each, handler)
         try:
             main()
         except KeyboardInterrupt as interrupted:
             print(f"{script}: interrupted; {getattr(interrupted, 'advice', 'run it again')}", file=sys.stderr)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # if exiting takes long, a second Ctrl-C ends it at once
             sys.exit(128 + (interrupted.args or [signal.SIGINT])[0])
         except ScriptError as error:
             sys.exit(f"{script}: error: {error}")

@@ -14,10 +14,19 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 from pytest import CaptureFixture, FixtureRequest, MonkeyPatch, raises
 
-from utils import ScriptError, default_batch_size, device_type, number_type, path_type, run_script, write_file
+from utils import (
+    ScriptError,
+    default_batch_size,
+    device_type,
+    end_on_signals,
+    number_type,
+    path_type,
+    run_script,
+    write_file,
+)
 
 
 @pytest.mark.parametrize(("owner", "step", "number"), [(Path, "open", 13), (os, "fsync", 28), (Path, "replace", 28)])
@@ -79,19 +88,29 @@ ENDS = [
 ]
 
 
+@pytest.mark.parametrize("first", [end_on_signals, int])  # int does nothing
 @pytest.mark.parametrize(("main", "status"), ENDS)
 @pytest.mark.filterwarnings("error")  # also what Python prints without raising it
-def test_how_a_script_ends(main: Callable, status: object, request: FixtureRequest, capsys: CaptureFixture) -> None:
+def test_how_a_script_ends(
+    main: Callable, status: object, first: Callable, request: FixtureRequest, capsys: CaptureFixture
+) -> None:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # still blocked if another thread took the signal
     request.addfinalizer(lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask))
     for each in (INT, TERM):
-        request.addfinalizer(partial(signal.signal, each, signal.getsignal(each)))
+        request.addfinalizer(partial(signal.signal, each, signal.signal(each, print)))
+    first()
     with patch("sys.argv", ["some/script.py"]), raises((SystemExit, ZeroDivisionError)) as stop:
         run_script(main)
     assert getattr(stop.value, "code", stop.type) == status
-    interrupted = isinstance(status, int)
-    assert capsys.readouterr().err == "script.py: interrupted; run it again\n" * interrupted
-    assert (signal.getsignal(INT) is signal.SIG_DFL) == interrupted  # the next one ends the script at once
+    assert capsys.readouterr().err == "script.py: interrupted; run it again\n" * isinstance(status, int)
+    assert [signal.getsignal(each) for each in (INT, TERM)] == [print, print]  # as before the script
+
+
+def test_ctrl_c_ends_a_slow_exit_at_once() -> None:
+    interrupt = "os.kill(os.getpid(), signal.SIGINT)"
+    main = f"[atexit.register(print, 1), atexit.register(lambda: {interrupt}), {interrupt}]"
+    result = run("-c", f"import atexit, os, signal, utils; utils.end_on_signals(); utils.run_script(lambda: {main})")
+    assert (result.returncode, result.stdout, result.stderr) == (-INT, "", "-c: interrupted; run it again\n")
 
 
 @pytest.mark.parametrize(("kind", "good", "bad"), [(int, "9", "1.5"), (float, "9.99", "0.99")])
