@@ -86,7 +86,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> tuple[Path, str]:
     """The checkpoint folder and the output of four epochs of Model5, started as a user would."""
-    folder = tmp_path_factory.mktemp("trained") / "new" / "checkpoints"
+    folder = tmp_path_factory.mktemp("trained") / "new" / "check points"
     options = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--device", "cpu", *FOUR_EPOCHS
     result = run("-c", ON_TINY_MNIST, "train_test_mnist.py", *options)
     assert (result.returncode, result.stderr) == (0, "")  # no progress bar where nobody watches

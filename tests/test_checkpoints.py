@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import FOUR_EPOCHS, Bomb, assert_one_line, assert_same, contents, load_all, run
+from conftest import FOUR_EPOCHS, ROOT, Bomb, assert_one_line, assert_same, contents, load_all, run
 from pytest import CaptureFixture, FixtureRequest, MonkeyPatch, raises
 
 import train_test_mnist
@@ -31,7 +32,7 @@ LAST = "output_block.1.weight"
 @pytest.fixture
 def folder(trained: tuple[Path, str], tmp_path: Path) -> Path:
     """A copy of the files of four epochs of Model5, to be damaged."""
-    return Path(shutil.copytree(trained[0], tmp_path / "checkpoints"))
+    return Path(shutil.copytree(trained[0], tmp_path / "check points"))
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_options_are_remembered_and_epochs_may_grow(train: Callable, folder: Pat
     [
         ("--model Model1", "Model5"), ("--batch-size 8", 16), ("--lr 0.5", 0.05), ("--momentum 0.5", 0.9),
         ("--seed 2", 1), ("--val-size 20", 0), ("--lr-scheduler onecyclelr", "constant"), ("--augment", False),
-        ("--weight-decay 0.1", 0.0), ("--checkpoint-dir other", "/.*/checkpoints"), ("--init-from other.pth", "none"),
+        ("--weight-decay 0.1", 0.0), ("--checkpoint-dir other", "/.*/check points"), ("--init-from other.pth", "none"),
     ],
 )  # fmt: skip
 def test_a_contradiction(given: str, stored: object, train: Callable, folder: Path, capsys: CaptureFixture) -> None:
@@ -147,6 +148,13 @@ def test_the_old_format_resumes(train: Callable, folder: Path) -> None:
     assert_same(load_checkpoint(folder / FOUR), expected)
 
 
+@pytest.mark.parametrize(("system", "command"), [("posix", r"python 'a\b' 'c d'"), ("nt", r'python a\b "c d"')])
+def test_commands_are_quoted_for_pasting(system: str, command: str) -> None:
+    with patch("os.name", system):
+        join_command = runpy.run_path(f"{ROOT}/checkpoints.py")["join_command"]
+    assert join_command(["python", r"a\b", "c d"]) == command
+
+
 def test_an_interrupt_gives_the_command_to_go_on(train: Callable, folder: Path, tmp_path: Path) -> None:
     go_on = "to go on: python train_test_mnist.py --resume"
     with patch("os.fsync", side_effect=[None, KeyboardInterrupt]), raises(KeyboardInterrupt) as stop:
@@ -158,7 +166,7 @@ def test_an_interrupt_gives_the_command_to_go_on(train: Callable, folder: Path, 
             raises(KeyboardInterrupt) as stop,
         ):
             train(folder, "--epochs", 9, *options)
-        assert stop.value.advice == (f"{go_on} {folder / FOUR}" if options else "nothing was saved yet")
+        assert stop.value.advice == (f"{go_on} '{folder / FOUR}'" if options else "nothing was saved yet")
 
 
 def test_deterministic_is_the_same(train: Callable, folder: Path, tmp_path: Path, request: FixtureRequest) -> None:
