@@ -9,9 +9,9 @@ Intact files are left alone; damaged ones are replaced. In the end there are fou
 """
 
 if __name__ == "__main__":  # first, because the imports take seconds, in which Ctrl-C may come
-    from utils import end_on_signals
+    from utils import end_in_one_line
 
-    end_on_signals()
+    end_in_one_line()
 
 import argparse
 import contextlib

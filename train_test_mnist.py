@@ -13,9 +13,9 @@ The first command's output on 2 CPU cores with torch 2.15.0:
 """
 
 if __name__ == "__main__":  # first, because the imports take seconds, in which Ctrl-C may come
-    from utils import end_on_signals
+    from utils import end_in_one_line
 
-    end_on_signals()
+    end_in_one_line()
 
 import argparse
 import contextlib

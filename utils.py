@@ -48,14 +48,23 @@ class LastingStream:
         return getattr(self.stream, name)
 
 
-def end_on_signals() -> None:
-    """Let Ctrl-C and SIGTERM end a script in one line from now on, until run_script takes over."""
+def end_in_one_line() -> None:
+    """Let Ctrl-C, SIGTERM and a mistake in the syntax of models.py end a script in one line while it is imported."""
+    script = Path(sys.argv[0]).name
 
     def end(number: int, frame: object) -> None:
-        print(f"{Path(sys.argv[0]).name}: interrupted; run it again", file=sys.stderr, flush=True)
+        print(f"{script}: interrupted; run it again", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
-    end.replaced = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
+    def report(kind: type, error: BaseException, traceback: object) -> None:
+        if isinstance(error, SyntaxError):
+            print(f"{script}: error: {error.filename}, line {error.lineno}: {error.msg}; mend it", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = report
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -66,13 +75,10 @@ def run_script(main: Callable[[], None]) -> None:
             signal.signal(each, lambda *_: None)  # Python complains if one is pending when SIG_IGN is set
         raise KeyboardInterrupt(number)
 
-    replaced = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
-    replaced = getattr(replaced[signal.SIGINT], "replaced", replaced)  # by end_on_signals, if that was called
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     script, output, errors = Path(sys.argv[0]).name, LastingStream(sys.stdout), LastingStream(sys.stderr)
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), contextlib.ExitStack() as stack:
-        stack.callback(atexit.register, signal.signal, signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a slow exit at once
-        for each, handler in replaced.items():  # the session of IPython's %run goes on
-            stack.callback(signal.signal, each, handler)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
             main()
         except KeyboardInterrupt as interrupted:
@@ -83,6 +89,10 @@ def run_script(main: Callable[[], None]) -> None:
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}" if error.filename else error
             sys.exit(f"{script}: error: cannot use {reason}; check it, or name another file or folder")
+        finally:  # as Python has them, for a session that goes on, such as IPython's after %run
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a slow exit at once
     if output.failure and output.failure.errno not in (errno.EPIPE, errno.EIO):  # pipe or terminal has gone
         sys.exit(f"{script}: error: cannot write the standard output: {output.failure.strerror}; send it elsewhere")
 

@@ -105,6 +105,12 @@ def test_a_sound_model(name: str, capsys: CaptureFixture) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_the_state_is_looked_at() -> None:
+    state = {name: tensor * torch.nan for name, tensor in build_model("Model1").state_dict().items()}
+    with raises(ScriptError, match=r"^Model1 returns NaN or infinity before any training"):
+        check_model("Model1", state, torch.randn(4, 1, 28, 28), torch.arange(4), batch_size=4)
+
+
 def test_the_place_in_models_py(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     source = "from torch import nn\nclass Own(nn.Linear):\n    def forward(self, x):\n        return x.nonsense\n"
     namespace: dict = {}

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,14 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, assert_one_line, run
 from pytest import CaptureFixture, FixtureRequest, MonkeyPatch, raises
 
 from utils import (
     ScriptError,
     default_batch_size,
     device_type,
-    end_on_signals,
+    end_in_one_line,
     number_type,
     path_type,
     run_script,
@@ -88,7 +89,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize("first", [end_on_signals, int])  # int does nothing
+@pytest.mark.parametrize("first", [end_in_one_line, int])  # int does nothing
 @pytest.mark.parametrize(("main", "status"), ENDS)
 @pytest.mark.filterwarnings("error")  # also what Python prints without raising it
 def test_how_a_script_ends(
@@ -103,13 +104,13 @@ def test_how_a_script_ends(
         run_script(main)
     assert getattr(stop.value, "code", stop.type) == status
     assert capsys.readouterr().err == "script.py: interrupted; run it again\n" * isinstance(status, int)
-    assert [signal.getsignal(each) for each in (INT, TERM)] == [print, print]  # as before the script
+    assert [signal.getsignal(each) for each in (INT, TERM)] == [signal.default_int_handler, signal.SIG_DFL]
 
 
 def test_ctrl_c_ends_a_slow_exit_at_once() -> None:
     interrupt = "os.kill(os.getpid(), signal.SIGINT)"
     main = f"[atexit.register(print, 1), atexit.register(lambda: {interrupt}), {interrupt}]"
-    result = run("-c", f"import atexit, os, signal, utils; utils.end_on_signals(); utils.run_script(lambda: {main})")
+    result = run("-c", f"import atexit, os, signal, utils; utils.end_in_one_line(); utils.run_script(lambda: {main})")
     assert (result.returncode, result.stdout, result.stderr) == (-INT, "", "-c: interrupted; run it again\n")
 
 
@@ -194,3 +195,11 @@ def test_paths(monkeypatch: MonkeyPatch) -> None:
     assert path_type("~/runs") == Path("/home/me/runs")
     with raises(ArgumentTypeError, match="empty"):
         path_type("")
+
+
+def test_a_mistake_in_the_syntax_of_models(tmp_path: Path) -> None:
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    (tmp_path / "models.py").write_text("class Mine:\n    x = (1\n    y = 2\n")
+    for script in ("analyze_model.py", "train_test_mnist.py"):
+        assert_one_line(run(script, cwd=tmp_path), f"{script}: error: {tmp_path / 'models.py'}, line 2: ", "; mend it")
