@@ -90,7 +90,9 @@ def test_own_classes_need_no_second_place(tmp_path: Path) -> None:
     (tmp_path / "models.py").write_text((ROOT / "models.py").read_text() + OWN_CLASSES)
     listed = [*PARAMETERS, "TinyNet", "Passing", "Inheriting"]  # Scale and Shift need arguments; Identity is torch's
     for script in ("train_test_mnist.py", "analyze_model.py"):
-        assert_one_line(run(script, "--model", "nonsense", cwd=tmp_path), "nonsense", *listed)
+        result = run(script, "--model", "nonsense", cwd=tmp_path)
+        assert_one_line(result, "nonsense", *listed)
+        assert not re.search("Abstract|Scale|Identity", result.stderr)
     assert_one_line(run("analyze_model.py", "--model", "Shift", cwd=tmp_path), "Shift", "give by a default")
     result = run("analyze_model.py", "--model", "tinynet", "passing", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
