@@ -16,9 +16,7 @@ import math
 import os
 import pickle
 import re
-import shlex
 import stat
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -34,9 +32,6 @@ from utils import ScriptError, make_folder, write_file
 
 NOT_PLAIN = "more than tensors, numbers and text"
 BEST, LOG, CURVES = "best_mnist_model.pth", "training_log.csv", "training_curves.png"
-
-# Makes one line of words, quoted for the shell of this system
-join_command = subprocess.list2cmdline if os.name == "nt" else shlex.join
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:

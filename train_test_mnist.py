@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -59,7 +60,11 @@ def train_one_epoch(
     model.train()
     totals = torch.zeros(2, device=images.device)  # sum of the losses, number of correct answers
     batches = torch.randperm(len(images)).to(images.device).split(batch_size)
-    with tqdm(batches, desc=description, unit="batch", leave=False, disable=None) as bar:
+    layout = {
+        "bar_format": "{l_bar}{bar}| {elapsed}<{remaining}{postfix} ",
+        "nrows": 24,
+    }  # even if the width is unknown
+    with tqdm(batches, description, leave=False, disable=None, **layout) as bar:
         for number, batch in enumerate(bar, 1):
             inputs, targets = images[batch], labels[batch]
             inputs = augment(inputs) if augmented else inputs
@@ -122,7 +127,6 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
     if args.dry_run:  # one batch of each
         train_set = [tensor[: args.batch_size] for tensor in train_set]
         val_set, test_set = ([tensor[: args.test_batch_size] for tensor in each or ()] for each in (val_set, test_set))
-
     torch.manual_seed(args.seed)
     model = build_model(args.model).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
@@ -139,8 +143,8 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         scheduler = OneCycleLR(optimizer, args.lr, args.epochs * n, cycle_momentum=False, last_epoch=done * n - 1)
 
     print(f"{args.model} on {args.device}:", ", ".join(f"{name} {value}" for name, value in recipe.items()))
-    val_header = "     val loss   accuracy" if val_set else ""
-    print(f"epoch   train loss   accuracy{val_header}    test loss   accuracy       best   seconds")
+    validation = "     val loss   accuracy" if val_set else ""
+    print(f"epoch   train loss   accuracy{validation}    test loss   accuracy       best   seconds")
     path, last_path, warnings = args.resume, args.resume, set()
     try:
         for epoch in range(done + 1, args.epochs + 1):
@@ -199,13 +203,13 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         raise ScriptError(f"epoch {epoch}: {error}; {last}; try a lower --lr") from error
     except KeyboardInterrupt as interrupt:
         last_path = path if path and path.exists() else last_path  # the interrupt may have come just after a save
-        go_on = checkpoints.join_command(["python", "train_test_mnist.py", "--resume", str(last_path)])
+        go_on = shlex.join(["python", "train_test_mnist.py", "--resume", str(last_path)])
         interrupt.advice = f"to go on: {go_on}" if last_path else "nothing was saved yet"
         raise
 
     print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %, saved as {best_path}")
     print(f"Last: epoch {epoch}, test accuracy {test_accuracy:.2f} %, saved as {last_path}")
-    print("Next:", checkpoints.join_command(["python", "analyze_model.py", "--checkpoint", str(best_path)]))
+    print("Next:", shlex.join(["python", "analyze_model.py", "--checkpoint", str(best_path)]))
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
@@ -236,10 +240,7 @@ def format_row(row: dict, best: dict) -> str:
 
 
 def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
-    """Return all options, the recipe among them, and the checkpoint to resume from or None.
-
-    An option is what is given, else what that checkpoint stores, else its default. A contradiction is an error.
-    """
+    """Return all options, those of the recipe, and the checkpoint to resume from or None."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -273,7 +274,7 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     add("--plot", action="store_true", help=f"draw {checkpoints.CURVES} after every epoch; needs matplotlib")
     add("--dry-run", action="store_true", help="one training and one test batch through it all; saves nothing")
     given, checkpoint = vars(parser.parse_args()), None
-    options = defaults | given
+    options = defaults | given  # what a checkpoint stores comes between them
     if given["resume"] is not None:
         path = Path(given["resume"]).expanduser()
         if given["resume"] == "newest":

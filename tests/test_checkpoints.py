@@ -6,7 +6,6 @@ import pickle
 import random
 import re
 import resource
-import runpy
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import FOUR_EPOCHS, ROOT, Bomb, assert_one_line, assert_same, contents, load_all, run
+from conftest import FOUR_EPOCHS, Bomb, assert_one_line, assert_same, contents, load_all, run
 from pytest import CaptureFixture, FixtureRequest, MonkeyPatch, raises
 
 import train_test_mnist
@@ -146,13 +145,6 @@ def test_the_old_format_resumes(train: Callable, folder: Path) -> None:
         torch.save({key: checkpoint[key] for key in checkpoint.keys() - unknown} | {"compile": False}, path)
     assert len(rows(train(folder, "--resume"))) == 1
     assert_same(load_checkpoint(folder / FOUR), expected)
-
-
-@pytest.mark.parametrize(("system", "command"), [("posix", r"python 'a\b' 'c d'"), ("nt", r'python a\b "c d"')])
-def test_commands_are_quoted_for_pasting(system: str, command: str) -> None:
-    with patch("os.name", system):
-        join_command = runpy.run_path(f"{ROOT}/checkpoints.py")["join_command"]
-    assert join_command(["python", r"a\b", "c d"]) == command
 
 
 def test_an_interrupt_gives_the_command_to_go_on(train: Callable, folder: Path, tmp_path: Path) -> None:

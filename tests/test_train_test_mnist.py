@@ -1,10 +1,16 @@
 """Training: whole runs, the loop and its parts, augmentation, schedule, seeds and options."""
 
+import contextlib
 import csv
+import fcntl
+import os
+import pty
 import re
 import shlex
 import shutil
+import struct
 import sys
+import termios
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -186,6 +192,18 @@ class TestTraining:
         again = tt.train_one_epoch(model.eval(), optimizer, None, images, labels, 16)
         assert again == (approx(loss), accuracy)  # each epoch counts anew
         assert model.training
+
+    @pytest.mark.parametrize("size", [(24, 80), (0, 0)])  # Colab's terminal has no rows and columns
+    def test_all_of_the_bar_is_seen(self, size: tuple[int, int]) -> None:
+        (images, labels), model = numbered(50), Counter()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        reader, writer = pty.openpty()
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", *size, 0, 0))
+        with os.fdopen(writer, "w") as terminal, contextlib.redirect_stderr(terminal):
+            tt.train_one_epoch(model, optimizer, None, images, labels, 1, description="epoch 1000/1000")
+            output = os.read(reader, 9999).decode()
+        os.close(reader)
+        assert re.search(r"\repoch 1000/1000: [^\r]*, loss \d\.\d{4}, accuracy 80\.00 %", output)
 
     def test_training_takes_sgd_steps_at_the_scheduled_rate(self) -> None:
         model, (images, labels) = Counter(), numbered(30)
