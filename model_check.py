@@ -17,8 +17,9 @@ def check_model(name: str, state: dict, images: Tensor, labels: Tensor, batch_si
     `images` (N, 1, 28, 28) and `labels` (N,) are the training set. Raises ScriptError if the model cannot be trained;
     warns if it can be, but badly.
     """
-    model = build_model(name).to(images.device).train()
+    model = build_model(name).to(images.device)
     model.load_state_dict(state)
+    model.train()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ScriptError(f"{name} has nothing to train: no parameters, or none with requires_grad; give it some")
     batch = images[:batch_size]
