@@ -97,7 +97,6 @@ ENCODER = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=
 
 # Each architecture and the receptive field after its last line, (height, width) if they differ; images are 28x28
 FOLLOWED: dict[str, tuple[nn.Module, int | tuple[int, int]]] = {
-    # Windows
     "stride": (Sequential(Conv2d(1, 2, 3, 2), conv(2), Conv2d(2, 2, 5, 3, 2)), 15),
     "dilation": (Sequential(Conv2d(1, 2, 3, dilation=2), Conv2d(2, 2, 3, padding=3, dilation=3)), 11),
     "same padding": (Sequential(Conv2d(1, 2, 5, padding="same"), Conv2d(2, 2, (4, 3), padding="same")), (8, 7)),
@@ -130,14 +129,13 @@ FOLLOWED: dict[str, tuple[nn.Module, int | tuple[int, int]]] = {
     "mean in two steps": (Net(lambda net, x: net.b(net.a(x).mean(2, True).mean(3, True)), a=conv(), b=conv(2)), 86),
     "mean of the flattened": (Net(lambda net, x: net.b(net.a(x).flatten(2).mean(-1)), a=conv(), b=Linear(2, 9)), 30),
     "pixel_unshuffle": (Net(lambda net, x: net.a(F.pixel_unshuffle(x, 2)), a=conv(4)), 6),
-    "chunk, unbind": (between(lambda x: torch.stack(torch.cat(x.chunk(2, 1), 1).unbind(1), 1)), 5),
-    "split": (between(lambda x: x.split(1, 1)[0] * x.split(1, 1)[1], 2, 1), 5),
+    "chunk, split": (between(lambda x: torch.cat([*x.chunk(2, 1)[1:], *x.split(1, 1)[:1]], 1)), 5),
+    "unbind, stack": (between(lambda x: torch.stack(x.unbind(1), 1)), 5),
     "channel shuffle": (between(lambda x: x.view(-1, 2, 2, 28, 28).transpose(1, 2).reshape(-1, 4, 28, 28), 4, 4), 5),
     "einsum": (between(lambda x: torch.einsum("nchw,dc->ndhw", x, torch.ones(3, 2)), 2, 3), 5),
     "NHWC": (between(lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (2,)).permute(0, 3, 1, 2)), 5),
     "in place": (between(lambda x: F.relu_(x.add_(1))), 5),
     "written by index": (Net(written_by_index, a=Conv2d(1, 2, 3)), 3),
-    # Layers
     "activations": (Sequential(conv(1, 4), *ACTIVATIONS, nn.Threshold(0.1, 20), nn.GLU(1)), 3),
     "layer norm": (Sequential(conv(), LayerNorm([2, 28, 28]), conv(2)), 30),
     "instance norm": (Sequential(conv(), nn.InstanceNorm2d(2), conv(2)), 30),
@@ -153,7 +151,6 @@ FOLLOWED: dict[str, tuple[nn.Module, int | tuple[int, int]]] = {
     "attention": (Net(lambda net, x: net.b(*[patches(net, x)] * 3)[0], **ATTENTION), 28),
     "transformer": (Net(lambda net, x: net.b(patches(net, x)).mean(1), a=Conv2d(1, 4, 7, 7), b=ENCODER), 28),
     "embedding": (Net(lambda net, x: net.b(net.a((255 * x[:, 0]).long()).movedim(3, 1)), **EMBEDDING), 3),
-    # Branches
     "residual": (Net(lambda net, x: F.relu(net.b(x) + net.a(x)), a=Conv2d(1, 2, 3, 2, 1), b=Conv2d(1, 2, 1, 2)), 3),
     "crossed": (Net(lambda net, x: net.a(x) + net.b(x) + net.c(x), **CROSS), (5, 3)),
     "squeeze and excite": (between(lambda x: x * (1 - F.adaptive_avg_pool2d(x, 1)).sigmoid()), 30),
@@ -218,7 +215,6 @@ def test_the_table_of_the_readme() -> None:
     rows = re.findall(r"^\w+\.\d +\w+ +((?:\d+ +){12})\d+x\d+$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert axes_of(analysis, "height") == [Axis(*map(int, row.split())) for row in rows]
     assert axes_of(analysis, "height") == axes_of(analysis, "width")
-    assert len(rows) == 9
 
 
 def test_both_axes() -> None:
