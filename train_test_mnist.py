@@ -203,13 +203,13 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         raise ScriptError(f"epoch {epoch}: {error}; {last}; try a lower --lr") from error
     except KeyboardInterrupt as interrupt:
         last_path = path if path and path.exists() else last_path  # the interrupt may have come just after a save
-        go_on = shlex.join(["python", "train_test_mnist.py", "--resume", str(last_path)])
+        go_on = shlex.join(["python", "train_test_mnist.py", "--resume", Path(last_path or "").as_posix()])
         interrupt.advice = f"to go on: {go_on}" if last_path else "nothing was saved yet"
         raise
 
     print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %, saved as {best_path}")
     print(f"Last: epoch {epoch}, test accuracy {test_accuracy:.2f} %, saved as {last_path}")
-    print("Next:", shlex.join(["python", "analyze_model.py", "--checkpoint", str(best_path)]))
+    print("Next:", shlex.join(["python", "analyze_model.py", "--checkpoint", best_path.as_posix()]))
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
