@@ -135,7 +135,7 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
         print(f"Going on from {args.resume}")
     elif args.init_from != "none":
-        model.load_state_dict(checkpoints.load_weights(Path(args.init_from), args.model))
+        model.load_state_dict(checkpoints.load_weights(Path(args.init_from).expanduser(), args.model))
     check_model(args.model, model.state_dict(), *train_set, args.batch_size)
     scheduler = None
     if args.lr_scheduler == "onecyclelr":
