@@ -107,7 +107,7 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, veri
         runs = [CostRun(model, images) for images in batches]
         failure = runs[0].failure or runs[-1].failure
         model.cpu().eval()
-        n = 13 if math.prod(input_size) < 2**14 else 3  # one more than the probes in a replay: memory sets the limit
+        n = 13 if math.prod(input_size) < 2**14 else 2  # one more than the probes in a replay: memory sets the limit
         with torch.no_grad():
             fields = FieldRun(model, torch.rand(n, 1, *input_size), twin)
             lines = add_costs(fields.lines, model, runs, batch_size)

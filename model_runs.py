@@ -90,7 +90,7 @@ def describe_failure(name: str, images: Tensor, error: Exception) -> str:
 
 
 class CostRun:
-    """A run in training mode, with a backward pass.
+    """A run in training mode, with a backward pass if the batch is smaller than 3.
 
     `costs[name, n]` holds operations and bytes ("flops", "kept", "at work") of the nth call of a module, without those
     of the modules in it.
@@ -114,8 +114,10 @@ class CostRun:
             ):
                 model(images)
             self.held.clear()
-            outputs = [tensor for tensor in tensors_in(model(images)) if tensor.requires_grad]
-            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+            if len(images) < 3:  # once is enough, and the smaller batch needs less memory
+                outputs = [tensor for tensor in tensors_in(model(images)) if tensor.requires_grad]
+                torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+                model.zero_grad()
         except Exception as error:  # whatever a user's forward raises
             self.failure = describe_failure(self.running[-1][0] or type(model).__name__, images, error)
 
