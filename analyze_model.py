@@ -111,9 +111,9 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, veri
         with torch.no_grad():
             fields = FieldRun(model, torch.rand(n, 1, *input_size), twin)
             lines = add_costs(fields.lines, model, runs, batch_size)
-            checks = run_checks(model, lines, runs, fields) if verify and not failure else []
+            totals = add_up_layers(model, lines)
+            checks = run_checks(lines, totals, runs, fields) if verify and not failure else []
     at_work = max((extrapolate(runs, key, "at work", batch_size) for key in runs[0].costs), default=0)
-    totals = add_up_layers(model, lines)
     memory = add_up_memory(model, batch_size, input_size, totals["kept"], at_work)
     return Analysis(architecture, input_size, batch_size, str(device), lines, totals, memory, checks, failure)
 
@@ -182,9 +182,9 @@ def add_up_memory(model: nn.Module, batch_size: int, size: tuple[int, int], kept
     return [*memory, Memory("sum", "", sum(part.training for part in memory), sum(part.inference for part in memory))]
 
 
-def run_checks(model: nn.Module, lines: list[Layer], runs: list[CostRun], fields: FieldRun) -> list[Check]:
+def run_checks(lines: list[Layer], totals: dict, runs: list[CostRun], fields: FieldRun) -> list[Check]:
     """Compare numbers that are known in two ways."""
-    listed, total = sum(line.parameters for line in lines), sum(parameter.numel() for parameter in model.parameters())
+    listed, total = sum(line.parameters for line in lines), totals["parameters"]
     miscounted = [name for run in runs for name in run.miscounted]
     counted = "torch's FLOP counter agrees with the formula for convolutions and linear layers"
     if not runs[0].counter:

@@ -38,11 +38,12 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a dict of tensors and plain values; raise ScriptError if that fails or if it cannot be read again."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
+    data = buffer.getvalue()
     try:
-        unpack(buffer.getvalue())
+        unpack(data)
     except pickle.UnpicklingError as error:
         raise ScriptError(f"cannot save {path}: the model's state holds {NOT_PLAIN}; see get_extra_state") from error
-    write_file(path, buffer.getvalue())
+    write_file(path, data)
 
 
 def unpack(data: bytes) -> dict:
@@ -156,8 +157,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ScriptError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     try:
-        user, owner = getattr(os, "geteuid", int)(), folder.stat().st_uid
-        only_owners_move = folder.stat().st_mode & stat.S_ISVTX and user not in (0, owner)
+        user, status = getattr(os, "geteuid", int)(), folder.stat()
+        only_owners_move = status.st_mode & stat.S_ISVTX and user not in (0, status.st_uid)
         if only_owners_move and any(path.lstat().st_uid != user for path in files_of_runs(folder)):
             raise ScriptError(f"{folder} holds another user's run, which cannot be moved; choose another folder")
         yield

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from receptive_fields import MISMATCH, Axis, Dependence, FeatureMap, as_map, image_map, is_consistent
 from replays import Call, follow_call, map_tensors, probe, results_of, tensors_in
+from utils import first_line
 
 try:
     from torch.utils.flop_counter import FlopCounterMode
@@ -51,11 +52,6 @@ class Layer:
 def is_layer(module: nn.Module) -> bool:
     """Tell whether a module is one of torch's own without parts, so that the functions it calls are its own."""
     return type(module).__module__.startswith("torch.nn.") and not list(module.children())
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -60,11 +60,8 @@ def train_one_epoch(
     model.train()
     totals = torch.zeros(2, device=images.device)  # sum of the losses, number of correct answers
     batches = torch.randperm(len(images)).to(images.device).split(batch_size)
-    layout = {
-        "bar_format": "{l_bar}{bar}| {elapsed}<{remaining}{postfix} ",
-        "nrows": 24,
-    }  # even if the width is unknown
-    with tqdm(batches, description, leave=False, disable=None, **layout) as bar:
+    text = "{l_bar}{bar}| {elapsed}<{remaining}{postfix} "  # fits 80 columns; nrows because some terminals report 0
+    with tqdm(batches, description, leave=False, disable=None, bar_format=text, nrows=24) as bar:
         for number, batch in enumerate(bar, 1):
             inputs, targets = images[batch], labels[batch]
             inputs = augment(inputs) if augmented else inputs
@@ -145,7 +142,7 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
     print(f"{args.model} on {args.device}:", ", ".join(f"{name} {value}" for name, value in recipe.items()))
     validation = "     val loss   accuracy" if val_set else ""
     print(f"epoch   train loss   accuracy{validation}    test loss   accuracy       best   seconds")
-    path, last_path, warnings = args.resume, args.resume, set()
+    path, last_path, warned = args.resume, args.resume, set()
     try:
         for epoch in range(done + 1, args.epochs + 1):
             seed_epoch(args.seed, epoch)
@@ -180,7 +177,7 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
                 "best_epoch": best["epoch"],
                 "best_test_accuracy": best["test_accuracy"],
                 "history": history,
-                **recipe,  # its lr is the run's
+                **recipe,  # after the row, because lr is to be the run's, not the epoch's
             }
             if epoch == 1:
                 checkpoints.set_aside(folder, checkpoints.files_of_runs(folder))
@@ -193,18 +190,18 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
                 checkpoints.save_log(folder / checkpoints.LOG, history)
                 if args.plot:
                     pictures.draw_curves(folder / checkpoints.CURVES, history, args.model)
-            except Exception as error:  # whatever they lack, the epoch is saved
-                if str(error) not in warnings:
+            except Exception as error:  # a log or a curve that fails does not end the run
+                if str(error) not in warned:
                     print(f"Warning: {error}", file=sys.stderr)
-                warnings.add(str(error))
+                warned.add(str(error))
             print(format_row(row, best), flush=True)
     except FloatingPointError as error:
         last = f"the last good checkpoint is {last_path}" if last_path else "nothing was saved"
         raise ScriptError(f"epoch {epoch}: {error}; {last}; try a lower --lr") from error
     except KeyboardInterrupt as interrupt:
         last_path = path if path and path.exists() else last_path  # the interrupt may have come just after a save
-        go_on = shlex.join(["python", "train_test_mnist.py", "--resume", Path(last_path or "").as_posix()])
-        interrupt.advice = f"to go on: {go_on}" if last_path else "nothing was saved yet"
+        go_on = ["python", "train_test_mnist.py", "--resume", last_path.as_posix()] if last_path else []
+        interrupt.advice = f"to go on: {shlex.join(go_on)}" if go_on else "nothing was saved yet"
         raise
 
     print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %, saved as {best_path}")
@@ -240,7 +237,10 @@ def format_row(row: dict, best: dict) -> str:
 
 
 def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
-    """Return all options, those of the recipe, and the checkpoint to resume from or None."""
+    """Return all options, those of the recipe, and the checkpoint to resume from or None.
+
+    An option is what is given, else what that checkpoint stores, else its default. A contradiction is an error.
+    """
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -274,7 +274,7 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     add("--plot", action="store_true", help=f"draw {checkpoints.CURVES} after every epoch; needs matplotlib")
     add("--dry-run", action="store_true", help="one training and one test batch through it all; saves nothing")
     given, checkpoint = vars(parser.parse_args()), None
-    options = defaults | given  # what a checkpoint stores comes between them
+    options = defaults | given
     if given["resume"] is not None:
         path = Path(given["resume"]).expanduser()
         if given["resume"] == "newest":

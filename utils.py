@@ -160,7 +160,7 @@ def device_type(name: str) -> "torch.device":
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        problem = f"cannot use {name!r} ({str(error).splitlines()[0]})"
+        problem = f"cannot use {name!r} ({first_line(error)})"
         if not auto:
             raise ArgumentTypeError(f"{problem}; use auto or cpu") from error
         print(f"Warning: {problem}; using the CPU", file=sys.stderr)
@@ -180,12 +180,13 @@ def keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(threshold, 2**30)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def describe_error(error: Exception) -> str:
-    """Return what an error says in its first line, and the line of models.py that it comes from."""
-    lines = [
-        f"models.py, line {frame.lineno}: "
-        for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).name == "models.py"
-    ]
-    message = (str(error) or type(error).__name__).splitlines()[0]
-    return f"{lines[-1] if lines else ''}{message}"
+    """Return the first line of an error's message, after the line of models.py that it comes from, if it does."""
+    frames = traceback.extract_tb(error.__traceback__)
+    numbers = [frame.lineno for frame in frames if Path(frame.filename).name == "models.py"]
+    return f"models.py, line {numbers[-1]}: {first_line(error)}" if numbers else first_line(error)
