@@ -122,7 +122,7 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int, veri
 
 
 def add_costs(lines: list[Layer], model: nn.Module, runs: list[CostRun], batch_size: int) -> list[Layer]:
-    """Return the lines and those of modules never called; with costs, and with parameters where they come first."""
+    """Enter costs, and parameters at their first use; return the lines and those of modules that are never called."""
     modules = {name or type(model).__name__: module for name, module in model.named_modules()}
     for name, module in modules.items() if not runs[-1].failure else ():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

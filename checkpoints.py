@@ -102,7 +102,7 @@ def load_weights(path: Path, model_name: str) -> dict:
     """Return the weights in a checkpoint; raise ScriptError if it cannot be loaded, or if they are another model's."""
     checkpoint = load_checkpoint(path)
     if checkpoint["model_name"] != model_name:
-        raise ScriptError(f"{path} holds weights of {checkpoint['model_name']}: give --model this name")
+        raise ScriptError(f"{path} holds weights of {checkpoint['model_name']}: use --model {checkpoint['model_name']}")
     return checkpoint["model_state_dict"]
 
 
@@ -132,7 +132,7 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
     for path in [*reversed(epoch_files(folder).values()), *folder.glob(BEST)]:
         try:
             checkpoint = load_checkpoint(path, to_resume=True)
-        except ChangedModelError:  # older files are no remedy
+        except ChangedModelError:  # the older files do not fit either
             raise
         except ScriptError as error:
             damaged.append(str(error))
@@ -182,7 +182,7 @@ def prepare_to_resume(folder: Path, checkpoint: dict) -> None:
 
 
 def set_aside(folder: Path, paths: list[Path]) -> None:
-    """Move files to folder/earlier_run_N, the first of that name that is free, with those of a move that was killed."""
+    """Move files to folder/earlier_run_N, the first free name, and finish a move that was interrupted."""
     moving = folder / "earlier_run_incomplete"
     if paths:
         moving.mkdir(exist_ok=True)

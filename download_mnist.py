@@ -131,7 +131,7 @@ def read_folder(folder: str | Path, names: list[str]) -> Iterator[tuple[str, byt
     sizes = [FILES[name][0] for name in names]
     for path in [*folder.iterdir(), *folder.glob("MNIST/raw/*")]:
         with contextlib.suppress(OSError, EOFError, zlib.error):  # damaged or unreadable
-            unpacked = path.stat().st_size in sizes  # also if called .gz: browsers may unpack
+            unpacked = path.stat().st_size in sizes  # some browsers unpack a file and keep the name .gz
             if path.is_file() and (unpacked or path.suffix == ".gz"):
                 with (Path.open if unpacked else gzip.open)(path, "rb") as file:
                     data = file.read(max(sizes) + 1)

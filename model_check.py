@@ -1,4 +1,4 @@
-"""One look at a model before it is trained, and at one that was: people edit their classes in between."""
+"""Checks of a model: before it is trained, and when its checkpoint is loaded, because people edit their classes."""
 
 import re
 import sys
@@ -23,12 +23,12 @@ def check_model(name: str, state: dict, images: Tensor, labels: Tensor, batch_si
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ScriptError(f"{name} has nothing to train: no parameters, or none with requires_grad; give it some")
     batch = images[:batch_size]
-    for n in {len(batch), len(images) % batch_size or len(batch)}:  # the latter is an epoch's last batch
+    for n in {len(batch), len(images) % batch_size or len(batch)}:  # the last batch of an epoch may be smaller
         logits = run(name, model, images[:n], "training")
         try:
             F.cross_entropy(logits, labels[:n]).backward()
-        except Exception as error:  # an in-place function, say
-            raise ScriptError(f"{name} cannot be trained: {describe_error(error)}; mend it in models.py") from error
+        except Exception as error:  # for example because of an in-place function
+            raise ScriptError(f"{name} cannot be trained: {describe_error(error)}; fix it in models.py") from error
     model.eval()
     with torch.no_grad():
         logits, again, alone = (run(name, model, part, "evaluation") for part in (batch, batch, batch[:1]))
@@ -46,13 +46,13 @@ def run(name: str, model: nn.Module, images: Tensor, mode: str) -> Tensor:
     try:
         logits = model(images)
     except Exception as error:  # whatever a user's forward raises
-        remedy = "mend its forward, or choose another --batch-size" if n == 1 else "mend its forward"
+        remedy = "fix its forward, or choose another --batch-size" if n == 1 else "fix its forward"
         shape = "x".join(map(str, images.shape))
-        raise ScriptError(f"{name} fails in {mode} on a batch {shape}: {describe_error(error)}; {remedy}") from error
+        raise ScriptError(f"{name} fails in {mode} on a {shape} batch: {describe_error(error)}; {remedy}") from error
     is_tensor = isinstance(logits, Tensor) and logits.is_floating_point()
     if not is_tensor or logits.shape != (n, 10):
         found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ScriptError(f"{name} returns {found} for {n} images; return a float tensor ({n}, 10), a logit a digit")
+        raise ScriptError(f"{name} returns {found} for {n} images; return a float tensor ({n}, 10) of logits")
     if not logits.isfinite().all():
         raise ScriptError(f"{name} returns NaN or infinity before any training; check its forward and first weights")
     return logits
@@ -64,7 +64,7 @@ def warn(name: str, what: str) -> None:
 
 
 class ChangedModelError(ScriptError):
-    """Says that a checkpoint does not fit the class that it names, which has changed since."""
+    """Says that a checkpoint does not fit the class that it names because the class has changed."""
 
 
 def check_states(checkpoint: dict, to_resume: bool) -> None:

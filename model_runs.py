@@ -96,7 +96,7 @@ class CostRun:
         self.costs: dict[tuple[str, int], Counter] = defaultdict(Counter)
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         self.failure: str | None = None
-        self.miscounted: list[str] = []  # where torch's counter disagrees with the formula
+        self.miscounted: list[str] = []  # modules for which torch's counter disagrees with the formula
         self.calls, self.running = Counter(), [("", 1)]
         self.counter, self.counted = FlopCounterMode(display=False) if FlopCounterMode else None, 0
         self.held = [images, *model.parameters(), *model.buffers()]  # so that no address is used twice
@@ -290,9 +290,9 @@ def is_random(model: nn.Module, images: Tensor) -> bool:
 
 
 def find_wrong_maps(fields: FieldRun) -> tuple[list[str] | None, str]:
-    """Probe rows and columns of pixels of the whole model; return the modules whose units see others, and the scope.
+    """Probe the whole model with rows and columns of pixels; return modules whose units see others, and the scope.
 
-    Where that cannot be done, return None and the reason.
+    If that cannot be done, return None and the reason.
     """
     followed = [(name, known) for name, known in fields.returned if isinstance(known, FeatureMap)]
     if fields.failure or not followed:

@@ -3,8 +3,8 @@
 The recurrences and their terms are those of Araujo, Norris, Sim, "Computing Receptive Fields of Convolutional Neural
 Networks", Distill 2019. They need the window of each call: kernel size, stride, padding and dilation. Convolutions and
 poolings declare theirs. For any other call, `find_map` looks at which rows and columns of the map that comes out depend
-on which of the map that goes in; a window that explains all of this is the window of the call. Where there is none, as
-for a flip, CannotFollowError says so.
+on which of the map that goes in; a window that explains all of this is the window of the call. If there is none, as for
+a flip, CannotFollowError says so.
 """
 
 import dataclasses
@@ -130,7 +130,7 @@ def fit_window(reads: Tensor, probed: Tensor, n_in: int) -> Window | None:
     units = probed[reads[place]]
     d = int(units.diff().min()) if len(units) > 1 else 1
     k = int(units[-1] - units[0]) // d + 1
-    # The stride shows between two whole windows. A single one is that of a running sum, say, and tells no stride.
+    # The stride shows between two whole windows. A single one, as of a running sum, shows no stride.
     strides = [k] if len(reads) == 1 else range(n_in + 1) if (counts == counts[place]).sum() > 1 else []
     windows = [(k, s, place * s - int(units[0]), d) for s in strides]
     return next((w for w in windows if reads_of(w, len(reads), n_in)[:, probed].equal(reads)), None)

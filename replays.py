@@ -88,8 +88,8 @@ def probe(call: Call, source: Tensor, known: FeatureMap, run: int) -> Iterator[l
     """Yield how each result of a call depends on one of its arguments, or why that is not known, better each time.
 
     Of more than 3 * run rows or columns only the first, the middle and the last run are probed. Each image has one
-    probe, but the last has none, so that it shows if images are mixed. After NaN other values are tried, then NaN with
-    the choices inverted that the call is given (a mask, say), because what is not chosen does not show.
+    probe, but the last has none, to show if images are mixed. After NaN, other values are tried; then NaN again, with
+    boolean arguments such as masks inverted, because a number that is not chosen does not show.
     """
     some = [torch.cat([torch.arange(run) + start for start in (0, (n - run) // 2, n - run)]) for n in known.size]
     probed = tuple(torch.arange(n) if n <= 3 * run else part for n, part in zip(known.size, some, strict=True))

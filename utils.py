@@ -25,13 +25,13 @@ class ScriptError(Exception):
 
 
 class LastingStream:
-    """A standard stream that falls silent when writing to it fails: a pipe or terminal that has gone ends no run."""
+    """A standard stream that drops its output once a write has failed, so that a closed pipe does not end a run."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream or io.StringIO()  # it is None if the user has closed it
         self.failure: OSError | None = None
         if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
+            self.stream.reconfigure(errors="backslashreplace")  # its encoding may lack a letter of a path
 
     def write(self, text: str) -> int:
         """Write the text at once, or nothing from the first failure on."""
@@ -49,7 +49,7 @@ class LastingStream:
 
 
 def end_in_one_line() -> None:
-    """Let Ctrl-C, SIGTERM and a mistake in the syntax of models.py end a script in one line while it is imported."""
+    """Until run_script takes over, end in one line after Ctrl-C, SIGTERM or a syntax error in models.py."""
     script = Path(sys.argv[0]).name
 
     def end(number: int, frame: object) -> None:
@@ -58,7 +58,7 @@ def end_in_one_line() -> None:
 
     def report(kind: type, error: BaseException, traceback: object) -> None:
         if isinstance(error, SyntaxError):
-            print(f"{script}: error: {error.filename}, line {error.lineno}: {error.msg}; mend it", file=sys.stderr)
+            print(f"{script}: error: {error.filename}, line {error.lineno}: {error.msg}; fix it", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, traceback)
 
@@ -89,11 +89,11 @@ def run_script(main: Callable[[], None]) -> None:
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}" if error.filename else error
             sys.exit(f"{script}: error: cannot use {reason}; check it, or name another file or folder")
-        finally:  # as Python has them, for a session that goes on, such as IPython's after %run
+        finally:  # put Python's own handlers back because an IPython session goes on after %run
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a slow exit at once
-    if output.failure and output.failure.errno not in (errno.EPIPE, errno.EIO):  # pipe or terminal has gone
+    if output.failure and output.failure.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe or terminal
         sys.exit(f"{script}: error: cannot write the standard output: {output.failure.strerror}; send it elsewhere")
 
 

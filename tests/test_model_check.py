@@ -60,11 +60,11 @@ REFUSED = {
     "squeezed": (model(lambda layer, x: layer(x.flatten(1)).squeeze()), r"returns .*\(10,\) for 1 images"),
     "a tuple": (model(lambda layer, x: (layer(x.flatten(1)), x)), "returns tuple for 4 images"),
     "integers": (model(lambda layer, x: layer(x.flatten(1)).long()), "returns torch.int64"),
-    "three channels": (of_layers(nn.Conv2d(3, 10, 28), nn.Flatten()), "fails in training on a batch 4x1x28x28: .*3 ch"),
+    "three channels": (of_layers(nn.Conv2d(3, 10, 28), nn.Flatten()), "fails in training on a 4x1x28x28 batch: .*3 ch"),
     "float64": (of_layers(nn.Flatten(), nn.Linear(784, 10).double()), "fails in training .*dtype"),
     "NaN": (model(lambda layer, x: layer(x.flatten(1)) / 0 * 0), "returns NaN or infinity before any training"),
     "in place": (model(lambda layer, x: layer(x.flatten(1)).exp().mul_(2)), "cannot be trained: .*inplace"),
-    "constructor": (Raising, "cannot be built: .*no luck; mend its constructor"),
+    "constructor": (Raising, "cannot be built: .*no luck; fix its constructor"),
 }
 
 
@@ -77,7 +77,7 @@ def test_refused(model_class: type[nn.Module], message: str, monkeypatch: Monkey
 def test_a_last_batch_of_one_image(monkeypatch: MonkeyPatch) -> None:
     normalised = of_layers(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
     check(monkeypatch, normalised, count=8)
-    with raises(ScriptError, match=r"fails in training on a batch 1x1x28x28: .* or choose another --batch-size$"):
+    with raises(ScriptError, match=r"fails in training on a 1x1x28x28 batch: .* or choose another --batch-size$"):
         check(monkeypatch, normalised, count=9)
 
 
@@ -180,5 +180,5 @@ def test_a_new_run_from_old_weights(trained: tuple[Path, str], train: Callable, 
     weights = [key for key in old["model_state_dict"] if key.endswith("0.weight")]
     assert all(new["model_state_dict"][key].equal(old["model_state_dict"][key]) for key in weights)
     train(tmp_path, "--resume", "--epochs", 2)
-    with raises(ScriptError, match=f"^{path} holds weights of Model5: give --model this name$"):
+    with raises(ScriptError, match=f"^{path} holds weights of Model5: use --model Model5$"):
         train(tmp_path / "other", "--init-from", path, "--model", "Model1")

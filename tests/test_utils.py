@@ -202,7 +202,7 @@ def test_a_mistake_in_the_syntax_of_models(tmp_path: Path) -> None:
         shutil.copy(script, tmp_path)
     (tmp_path / "models.py").write_text("class Mine:\n    x = (1\n    y = 2\n")
     for script in ("analyze_model.py", "train_test_mnist.py"):
-        assert_one_line(run(script, cwd=tmp_path), f"{script}: error: {tmp_path / 'models.py'}, line 2: ", "; mend it")
+        assert_one_line(run(script, cwd=tmp_path), f"{script}: error: {tmp_path / 'models.py'}, line 2: ", "; fix it")
 
 
 def test_pytest_finds_the_modules_from_any_folder(tmp_path: Path) -> None:
