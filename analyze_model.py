@@ -348,10 +348,7 @@ def main() -> None:
         raise ScriptError(f"{args.image} is to show one model: give --model one name")
     if args.image:
         require_matplotlib()
-        try:
-            images, _ = load_mnist(args.data_dir, train=False, device=torch.device("cpu"))
-        except OSError as error:
-            raise ScriptError(f"{args.data_dir} has no test set to draw a digit of: run download_mnist.py") from error
+        images, _ = load_mnist(args.data_dir, train=False, device=torch.device("cpu"))
         digit = nn.functional.interpolate(images[:1], tuple(args.input_size))[0, 0]
     analyses, problems = {}, []
     for name in names:

@@ -95,14 +95,23 @@ def keep_other_file(path: Path) -> None:
 
 
 def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return normalised images (N, 1, 28, 28), float32, and labels (N,), int64, on the device."""
+    """Return normalised images (N, 1, 28, 28), float32, and labels (N,), int64, on the device.
+
+    Raises ScriptError if the files are not there.
+    """
     folder, part = Path(data_dir, "MNIST", "raw"), "train" if train else "t10k"
-    # NumPy reads the files because torchvision takes as long to import as torch itself
-    pixels = np.fromfile(folder / f"{part}-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    labels = np.fromfile(folder / f"{part}-labels-idx1-ubyte", np.uint8, offset=8)
-    images = torch.from_numpy(pixels).to(device).float().div_(255)
-    images.sub_(0.1307).div_(0.3081)  # mean and standard deviation of the training pixels
-    return images, torch.from_numpy(labels).to(device).long()
+    try:
+        # NumPy reads the files because torchvision takes as long to import as torch itself
+        pixels = np.fromfile(folder / f"{part}-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 1, 28, 28)
+        labels = np.fromfile(folder / f"{part}-labels-idx1-ubyte", np.uint8, offset=8)
+    except (OSError, ValueError) as error:
+        raise ScriptError(f"cannot read MNIST in {folder}: {error}; run download_mnist.py first") from error
+    return normalize(torch.from_numpy(pixels).to(device)), torch.from_numpy(labels).to(device).long()
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """Return pixels of 0 to 255 as float32, less the mean of the training pixels and over their standard deviation."""
+    return pixels.float().div_(255).sub_(0.1307).div_(0.3081)
 
 
 def hold_out(images: Tensor, labels: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 from pathlib import Path
 
 from torch import Tensor
@@ -53,6 +54,19 @@ def draw_receptive_fields(path: Path, image: Tensor, blocks: dict[str, dict[str,
         axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
         axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))  # the image, no more
         axes.set_axis_off()
+    save_figure(path, figure)
+
+
+def draw_mistakes(path: Path, images: Tensor, titles: list[str]) -> None:
+    """Draw images (N, 1, 28, 28), at most 40, under their titles, as PNG; raise ScriptError if that fails."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for axes, image, title in itertools.zip_longest(figure.subplots(5, 8).flat, images, titles):
+        axes.set_axis_off()
+        if image is not None:
+            axes.imshow(image[0].cpu().numpy(), cmap="gray")
+            axes.set_title(title, fontsize=8)
     save_figure(path, figure)
 
 
