@@ -29,7 +29,7 @@ from torch import nn
 
 from checkpoints import load_checkpoint
 from download_mnist import load_mnist
-from model_runs import CostRun, FieldRun, Layer, copy_model, extrapolate, find_wrong_maps, is_layer
+from model_runs import CostRun, FieldRun, Layer, copy_model, extrapolate, find_wrong_maps, is_layer, module_maps
 from models import build_model, default_model_name, find_model_name, model_classes
 from pictures import draw_receptive_fields, require_matplotlib
 from receptive_fields import MISMATCH, Axis
@@ -329,7 +329,8 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="auto", type=device_type, help="auto, cpu, cuda, mps, xpu (default: %(default)s)")
     add("--verify", default=True, action=argparse.BooleanOptionalAction, help="make the self-checks (default: yes)")
     add("--json", action="store_true", help="print the same numbers as JSON, and nothing else")
-    add("--image", type=path_type, help="PNG file to draw the receptive fields into (default: none)")
+    add("--image", type=path_type, help="PNG file for a drawing of receptive fields and feature maps (default: none)")
+    add("--digit", default=0, type=number_type(int, 0, 10000), help="test image that it shows (default: %(default)s)")
     add("--data-dir", default="data", type=path_type, help="where --image looks for MNIST/raw (default: %(default)s)")
     args = parser.parse_args()
     args.batch_size = args.batch_size or default_batch_size(args.device)
@@ -348,8 +349,8 @@ def main() -> None:
         raise ScriptError(f"{args.image} is to show one model: give --model one name")
     if args.image:
         require_matplotlib()
-        images, _ = load_mnist(args.data_dir, train=False, device=torch.device("cpu"))
-        digit = nn.functional.interpolate(images[:1], tuple(args.input_size))[0, 0]
+        images, _ = load_mnist(args.data_dir, train=False, device=args.device)
+        digit = nn.functional.interpolate(images[None, args.digit], tuple(args.input_size))
     analyses, problems = {}, []
     for name in names:
         model = build_model(name).to(args.device)
@@ -367,8 +368,10 @@ def main() -> None:
         print(json.dumps({name: dataclasses.asdict(analysis) for name, analysis in analyses.items()}, indent=2))
     elif len(analyses) > 1:
         print(format_comparison(analyses))
-    if args.image:
-        draw_receptive_fields(args.image, digit, centre_fields(analysis))
+    if args.image and (blocks := centre_fields(analysis)):
+        draw_receptive_fields(args.image, digit, blocks, module_maps(model, digit))
+    elif args.image:
+        problems.append(f"{args.image} is not drawn, for no receptive field is known")
     if problems:
         raise ScriptError("; ".join(problems))
 

@@ -7,7 +7,7 @@ import operator
 import types
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 
 import torch
@@ -80,6 +80,20 @@ def describe_failure(name: str, images: Tensor, error: Exception) -> str:
     """Say in one line what fails on the images."""
     height, width = images.shape[2:]
     return f"{name} fails on images of {height}x{width}: {first_line(error)}"
+
+
+@torch.no_grad()
+def module_maps(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Return what each module makes of an image (1, 1, H, W): feature maps (C, h, w), or numbers as (C, 1, 1)."""
+    maps = {}
+
+    def leave(name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if isinstance(output, Tensor) and output.dim() in (2, 4):
+            maps[name] = output[0].reshape(output.shape[1], *(output.shape[2:] or (1, 1))).cpu().clone()
+
+    with suppress(Exception), hooks(model.eval(), lambda *_: None, leave):  # the report tells what fails
+        model(image)
+    return maps
 
 
 # What calls cost

@@ -3,8 +3,10 @@
 import importlib.util
 import io
 import itertools
+import math
 from pathlib import Path
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from utils import ScriptError, write_file
@@ -38,22 +40,33 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
     save_figure(path, figure)
 
 
-def draw_receptive_fields(path: Path, image: Tensor, blocks: dict[str, dict[str, int]]) -> None:
-    """Draw on an image (H, W), as PNG, what the centre unit after each block sees; raise ScriptError if that fails.
+def draw_receptive_fields(
+    path: Path, image: Tensor, blocks: dict[str, dict[str, int]], maps: dict[str, Tensor]
+) -> None:
+    """Draw, as PNG, what the centre unit after each block sees of an image, and below it the block's maps.
 
-    A block has the pixels `top`, `left`, `height` and `width` of the rectangle.
+    The image is (1, 1, H, W). A block has the pixels `top`, `left`, `height` and `width` of the rectangle, and its
+    feature maps are (C, h, w), or missing. Raises ScriptError if the file cannot be written.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from torchvision.utils import make_grid
 
-    figure = Figure(figsize=(2.4 * len(blocks), 2.8), layout="constrained")
-    for axes, (name, field) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
-        axes.imshow(image.numpy(), cmap="gray")
+    figure = Figure(figsize=(2.4 * len(blocks), 5.2), layout="constrained")
+    columns = figure.subplots(2, len(blocks), squeeze=False).T
+    for (axes, below), (name, field) in zip(columns, blocks.items(), strict=True):
+        axes.imshow(image[0, 0].cpu().numpy(), cmap="gray")
         corner = field["left"] - 0.5, field["top"] - 0.5  # a pixel's centre has its whole numbers
         axes.add_patch(Rectangle(corner, field["width"], field["height"], fill=False, color="red", linewidth=2))
         axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
-        axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))  # the image, no more
+        axes.set(xlim=(-0.5, image.shape[3] - 0.5), ylim=(image.shape[2] - 0.5, -0.5))  # the image, no more
         axes.set_axis_off()
+        below.set_axis_off()
+        if name in maps:
+            count, height, width = maps[name].shape
+            large = F.interpolate(maps[name][:, None], scale_factor=max(1, 24 // max(height, width)))
+            below.imshow(make_grid(large, math.ceil(count**0.5), pad_value=math.nan)[0].numpy())
+            below.set_title(f"{count} maps of {height}x{width}", fontsize=9)
     save_figure(path, figure)
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchinfo
@@ -21,6 +22,7 @@ import analyze_model
 import model_runs
 from analyze_model import analyze
 from checkpoints import save_checkpoint
+from model_runs import module_maps
 from models import build_model
 from utils import ScriptError
 
@@ -214,9 +216,16 @@ def test_images_too_small_show_the_layers_so_far(report: Callable[..., str], cap
 
 
 def test_image(report: Callable[..., str], tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report("--image", tmp_path / "fields.png", "--no-verify", "--data-dir", tiny_data)
-    with Image.open(tmp_path / "fields.png") as picture:
-        assert (255, 0, 0) in picture.convert("RGB").getdata()
+    pixels = {}
+    for digit in (0, 99):
+        report("--image", tmp_path / "fields.png", "--no-verify", "--data-dir", tiny_data, "--digit", digit)
+        with Image.open(tmp_path / "fields.png") as picture:
+            pixels[digit] = np.asarray(picture.convert("RGB"))
+    assert (pixels[0] == (255, 0, 0)).all(2).any()
+    (digits, maps) = ((pixels[0] != pixels[99])[half] for half in (slice(0, 390), slice(390, 780)))
+    assert digits.any() and maps.any()
+    with pytest.raises(ScriptError, match=r"fails on images of 1x1.*; .*fields\.png is not drawn"):
+        report("--image", tmp_path / "fields.png", "--data-dir", tiny_data, "--input-size", 1, 1)
     with pytest.raises(ScriptError, match=r"run download_mnist\.py"):
         report("--image", tmp_path / "fields.png", "--data-dir", tmp_path / "none")
     with pytest.raises(ScriptError, match="--model"):
@@ -224,6 +233,17 @@ def test_image(report: Callable[..., str], tmp_path: Path, tiny_data: Path, monk
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ScriptError, match="pip install matplotlib"):
         report("--image", tmp_path / "fields.png")
+
+
+def test_maps_of_modules() -> None:
+    model = Sequential(conv(), nn.BatchNorm2d(2), ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3))
+    image = torch.rand(1, 1, 6, 7)
+    model(image)
+    maps = module_maps(model, image)
+    normalised = model[:2].eval()(image)
+    assert maps["1"].equal(normalised[0]) and maps["2"].equal(normalised[0].relu())
+    assert maps["4"].equal(model(image).reshape(3, 1, 1))
+    assert module_maps(model, torch.rand(1, 1, 6, 8)).keys() == {"0", "1", "2", "3"}
 
 
 def test_fields_of_the_centre() -> None:
