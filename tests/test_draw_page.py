@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -78,20 +77,14 @@ def post(port: int, body: bytes) -> dict:
     return json.loads(send(port, f"POST / HTTP/1.0\r\nHost: {own}\r\nOrigin: http://{own}", body))
 
 
-def check(model: torch.nn.Module, image: list, probabilities: list[float]) -> bool:
-    """Return whether the probabilities are, to a thousandth, those that the model gives for an image."""
-    pixels = normalize(torch.tensor(image, dtype=torch.uint8).view(1, 1, 28, 28))
-    return probabilities == pytest.approx(predict(model, pixels).softmax(1)[0].tolist(), abs=6e-4)
-
-
-@pytest.fixture
-def model(trained: tuple[Path, str]) -> torch.nn.Module:
-    model = Model5()
+def check(trained: tuple[Path, str], image: list, probabilities: list[float]) -> None:
+    """Check that the probabilities are, to a thousandth, those that the model gives for the image."""
+    model, pixels = Model5().eval(), torch.tensor(image, dtype=torch.uint8).view(1, 1, 28, 28)
     model.load_state_dict(load_checkpoint(trained[0] / BEST)["model_state_dict"])
-    return model.eval()
+    assert probabilities == pytest.approx(predict(model, normalize(pixels)).softmax(1)[0].tolist(), abs=6e-4)
 
 
-def test_requests(port: int, model: torch.nn.Module) -> None:
+def test_requests(port: int, trained: tuple[Path, str]) -> None:
     own = "HTTP/1.1\r\nHost: localhost"
     assert send(port, f"GET / {own}") == (ROOT / "draw_digit.html").read_bytes()
     for status, *request in [
@@ -110,18 +103,18 @@ def test_requests(port: int, model: torch.nn.Module) -> None:
     idle = socket.create_connection(("127.0.0.1", port))
     for request in ("", f"POST / {own}\r\nContent-Length: 9\r\n\r\nx", f"GET / {own}\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", port)) as client:  # goes away without reading the answer
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             client.sendall(request.encode())
     assert "is not a picture" in post(port, b"no picture")["message"]
     answer = post(port, draw_picture())
-    assert check(model, answer["image"], answer["probabilities"])
-    assert answer["message"] == ""
+    check(trained, answer["image"], answer["probabilities"])
     idle.close()
     with pytest.raises(ScriptError, match=f"^cannot use port {port}: .*; leave out --port or name another$"):
-        serve_page(model, torch.device("cpu"), port)
+        serve_page(torch.nn.Identity(), torch.device("cpu"), port)
 
 
 def test_a_failing_model_and_a_silent_client(monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    assert 0 < PageRequest.timeout < 60
     monkeypatch.setattr(PageRequest, "timeout", 0.3)
     with ThreadingHTTPServer(("127.0.0.1", 0), PageRequest) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -134,13 +127,14 @@ def test_a_failing_model_and_a_silent_client(monkeypatch: MonkeyPatch, capsys: C
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium on this machine")
-def test_the_page(port: int, model: torch.nn.Module, tmp_path: Path) -> None:
+def test_the_page(port: int, trained: tuple[Path, str], tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(has_touch=True, viewport={"width": 400, "height": 900}, device_scale_factor=2)
-        errors, images = [], {}
-        page.on("pageerror", lambda error: errors.append(error))
+        errors, asked, answered, images = [], [], [], {}
+        for event, events in (("pageerror", errors), ("request", asked), ("requestfinished", answered)):
+            page.on(event, lambda each, events=events: events.append(each))
         page.goto(f"http://127.0.0.1:{port}/")
         box, press = page.locator("#pad").bounding_box(), page.keyboard.press
 
@@ -151,23 +145,24 @@ def test_the_page(port: int, model: torch.nn.Module, tmp_path: Path) -> None:
                     page.mouse.down()  # which it is already after the first point
                 page.mouse.up()
 
-        def wait(**wanted: object) -> list[int]:
-            """Wait until what is seen equals what is wanted, or passes its test; return the image."""
+        def wait(**wanted: object) -> dict:
+            """Return what is seen as soon as it equals what is wanted, or passes its tests."""
             for _ in range(200):
                 seen = page.evaluate(SEEN)
                 if all(want(seen[key]) if callable(want) else seen[key] == want for key, want in wanted.items()):
-                    return seen["image"]
+                    return seen
                 time.sleep(0.05)
             raise AssertionError(seen)
 
         for digit, key in ((1, "Escape"), (8, "Delete"), (7, "Escape")):  # draw and clear
             wait(**EMPTY)
             draw(digit)
-            page.wait_for_timeout(500)
-            images[digit] = wait(image=any, message="")
-            seen = page.evaluate(SEEN)
+            while page.wait_for_timeout(200) or len(answered) < len(asked):
+                pass
+            seen = wait(image=any, message="")
+            images[digit] = seen["image"]
             shares = [float(bar.strip("%")) / 100 for bar in seen["bars"]]
-            assert check(model, seen["image"], shares)
+            check(trained, seen["image"], shares)
             assert seen["answer"] == str(np.argmax(shares))
             press(key)
         assert len(set(map(tuple, images.values()))) == 3
@@ -175,14 +170,13 @@ def test_the_page(port: int, model: torch.nn.Module, tmp_path: Path) -> None:
         press("Control+z")
         wait(image=images[7])
         page.click("#undo")  # the bar of the 7
-        bare = wait(image=lambda image: any(image) and image != images[7])
-        page.touchscreen.tap(100, 300)
-        wait(image=lambda image: image != bare)
+        wait(image=lambda image: any(image) and image != images[7])
         page.click("#clear")
+        wait(**EMPTY)
         page.touchscreen.tap(100, 300)  # a dot
         wait(image=any)
         press("Escape")
-
+        wait(**EMPTY)
         page.mouse.move(100, 200)  # a stroke that the system cancels
         page.mouse.down()
         page.mouse.move(100, 300)
@@ -191,8 +185,8 @@ def test_the_page(port: int, model: torch.nn.Module, tmp_path: Path) -> None:
         wait(**EMPTY)
         page.mouse.up()
 
-        held, asked = [], []  # one request at a time, and the newest drawing wins
-        page.on("request", lambda request: asked.append(request))
+        held = []  # one request at a time, and the newest drawing wins
+        asked.clear()
         page.route("**/", lambda route: route.continue_() if held else held.append(route))
         draw(1)
         press("Escape")
@@ -206,18 +200,18 @@ def test_the_page(port: int, model: torch.nn.Module, tmp_path: Path) -> None:
         page.unroute("**/")
 
         page.evaluate(DROP, list(draw_picture()))
-        dropped = wait(image=lambda image: any(image) and image != images[8], message="")
+        dropped = wait(image=any, message="")
         (tmp_path / "a.txt").write_text("text")
         page.set_input_files("#file", tmp_path / "a.txt")
-        wait(image=dropped, message="cannot read a.txt as a picture: use PNG or JPEG")
+        wait(image=dropped["image"], message="cannot read a.txt as a picture: use PNG or JPEG")
         noise = np.random.default_rng(1).integers(0, 255, (1500, 1000, 3), np.uint8)  # a PNG of 4 MB
         noise[400:1100, 400:600] = 0
         Image.fromarray(noise).save(tmp_path / "noise.png")
         with page.expect_file_chooser() as chooser:
             page.click("#choose")
         chooser.value.set_files(tmp_path / "noise.png")
-        wait(image=lambda image: any(image) and image != dropped)
+        wait(image=lambda image: any(image) and image != dropped["image"])
         press("Control+z")
-        wait(image=dropped)
+        wait(**dropped)
         browser.close()
     assert errors == []
