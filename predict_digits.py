@@ -121,14 +121,14 @@ class PageRequest(BaseHTTPRequestHandler):
         elif len(data := self.rfile.read(int(length))) < int(length):
             self.send_error(400)
         else:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "picture.png"
-                path.write_bytes(data)
-                try:
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / "picture.png"
+                    path.write_bytes(data)
                     probabilities, pixels, doubt = self.server.read(path)
-                    answer = {"probabilities": probabilities.tolist(), "image": pixels.tolist(), "message": doubt}
-                except Exception as error:  # whatever the picture or a user's model causes
-                    answer = {"message": describe_error(error)}
+                answer = {"probabilities": probabilities.tolist(), "image": pixels.tolist(), "message": doubt}
+            except Exception as error:  # whatever the picture or a user's model causes
+                answer = {"message": describe_error(error)}
             self.send("application/json", json.dumps(answer).encode())
 
     def send(self, kind: str, data: bytes) -> None:
