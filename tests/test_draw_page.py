@@ -66,7 +66,7 @@ def port(trained: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) ->
 def send(port: int, head: str, body: bytes = b"", length: object = None) -> bytes:
     """Return the answer to a client that sends a request and then closes its side."""
     head += f"\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with socket.create_connection(("127.0.0.1", port), timeout=8) as client:  # less than the server's
         client.sendall(head.encode() + body)
         client.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: client.recv(65536), b"")).rpartition(b"\r\n\r\n")[2]

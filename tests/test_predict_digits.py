@@ -74,7 +74,7 @@ def test_pictures(predict: Callable, tiny_data: Path, tmp_path: Path, monkeypatc
 
 def test_the_page_is_served_last(predict: Callable, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(predict_digits, "serve_page", lambda model, device, port: print("page on port", port))
-    output, errors = predict("--test-set", "--draw", "--port", 1)
+    output = predict("--test-set", "--draw", "--port", 1)[0]
     assert "on the test set: accuracy " in output
     assert output.endswith("\npage on port 1\n")
     assert predict("--draw", "--data-dir", "none") == ("page on port 0\n", "")
