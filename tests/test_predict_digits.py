@@ -72,6 +72,14 @@ def test_pictures(predict: Callable, tiny_data: Path, tmp_path: Path, monkeypatc
             assert (picture.mode, picture.size, picture.tobytes()) == ("L", (28, 28), pixels.tobytes())
 
 
+def test_the_page_is_served_last(predict: Callable, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(predict_digits, "serve_page", lambda model, device, port: print("page on port", port))
+    output = predict("--test-set", "--draw", "--port", 1)[0]
+    assert "on the test set: accuracy " in output
+    assert output.endswith("\npage on port 1\n")
+    assert predict("--draw", "--data-dir", "none") == ("page on port 0\n", "")
+
+
 def test_a_bad_picture_stops_no_other(predict: Callable, tmp_path: Path, capsys: CaptureFixture) -> None:
     Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
     with raises(SystemExit, match="1"):

@@ -1,0 +1,218 @@
+"""The page on which digits are drawn: its server over plain sockets, and the page itself in Chromium."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image, ImageDraw
+from pytest import CaptureFixture, MonkeyPatch
+
+from checkpoints import BEST, load_checkpoint
+from download_mnist import normalize
+from models import Model5
+from predict_digits import PageRequest, predict, serve_page
+from utils import ScriptError
+
+STROKES = {
+    1: [[(0.4, 0.3), (0.5, 0.2), (0.5, 0.8)]],
+    7: [[(0.25, 0.22), (0.75, 0.22), (0.45, 0.8)], [(0.35, 0.5), (0.7, 0.5)]],
+    8: [[(0.6, 0.3), (0.4, 0.25), (0.6, 0.7), (0.4, 0.75), (0.6, 0.3)]],
+}
+SEEN = """() => ({image: [...document.getElementById("seen").getContext("2d").getImageData(0, 0, 28, 28).data]
+  .filter((_, i) => i % 4 == 0), bars: [...document.querySelectorAll("#bars span")].map(bar => bar.textContent),
+  answer: document.getElementById("answer").textContent, message: document.getElementById("message").textContent})"""
+EMPTY = {"image": [0] * 784, "bars": [""] * 10, "answer": "", "message": ""}
+DROP = """bytes => { const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([new Uint8Array(bytes)], "seven"));
+  dispatchEvent(new DragEvent("drop", {dataTransfer})) }"""
+
+
+def draw_picture() -> bytes:
+    picture, data = Image.new("L", (200, 200), 255), io.BytesIO()
+    ImageDraw.Draw(picture).line([(200 * x, 200 * y) for x, y in STROKES[7][0]], 0, 14)
+    picture.save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture(scope="module")
+def port(trained: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a script without MNIST, which must end in one line after whatever the tests have done to it."""
+    options = "--checkpoint", trained[0] / BEST, "--data-dir", tmp_path_factory.mktemp("empty"), "--device", "cpu"
+    command, pipe = [sys.executable, "predict_digits.py", "--draw", *options], subprocess.PIPE
+    environment = os.environ | {"BROWSER": "echo"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as script:
+        address = script.stdout.readline().split()[3]
+        yield int(address.strip("/").rpartition(":")[2])
+        script.send_signal(signal.SIGINT)
+        output, errors = script.communicate(timeout=20)
+        assert output == f"{address}\n"  # from the browser
+        assert errors == "predict_digits.py: interrupted; run it again\n"
+        assert script.returncode == 130
+
+
+def send(port: int, head: str, body: bytes = b"", length: object = None) -> bytes:
+    """Return the answer to a client that sends a request and then closes its side."""
+    head += f"\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=8) as client:  # less than the server's
+        client.sendall(head.encode() + body)
+        client.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: client.recv(65536), b"")).rpartition(b"\r\n\r\n")[2]
+
+
+def post(port: int, body: bytes) -> dict:
+    own = f"127.0.0.1:{port}"
+    return json.loads(send(port, f"POST / HTTP/1.0\r\nHost: {own}\r\nOrigin: http://{own}", body))
+
+
+def check(trained: tuple[Path, str], image: list, probabilities: list[float]) -> None:
+    """Check that the probabilities are, to a thousandth, those that the model gives for the image."""
+    model, pixels = Model5().eval(), torch.tensor(image, dtype=torch.uint8).view(1, 1, 28, 28)
+    model.load_state_dict(load_checkpoint(trained[0] / BEST)["model_state_dict"])
+    assert probabilities == pytest.approx(predict(model, normalize(pixels)).softmax(1)[0].tolist(), abs=6e-4)
+
+
+def test_requests(port: int, trained: tuple[Path, str]) -> None:
+    own = "HTTP/1.1\r\nHost: localhost"
+    assert send(port, f"GET / {own}") == (ROOT / "draw_digit.html").read_bytes()
+    for status, *request in [
+        (400, "\x16\x03\x01 \xff"),
+        (403, "GET / HTTP/1.1"),
+        (403, f"GET / {own}.example.org"),
+        (403, f"POST / {own}\r\nOrigin: http://example.org", draw_picture()),
+        (403, f"POST / {own}:1\r\nOrigin: http://localhost:2", draw_picture()),
+        (404, f"GET /../models.py {own}"),
+        (501, f"PUT / {own}"),
+        (411, f"POST / {own}", b"x", ""),
+        *((400, f"POST / {own}", b"x", length) for length in (2, -1, "x")),
+        *((413, f"POST / {own}", b"x", length) for length in (1_000_000, "9" * 5000)),
+    ]:
+        assert f"Error code: {status}" in send(port, *request).decode(), request
+    idle = socket.create_connection(("127.0.0.1", port))
+    for request in ("", f"POST / {own}\r\nContent-Length: 9\r\n\r\nx", f"GET / {own}\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", port)) as client:  # goes away without reading the answer
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.sendall(request.encode())
+    assert "is not a picture" in post(port, b"no picture")["message"]
+    answer = post(port, draw_picture())
+    check(trained, answer["image"], answer["probabilities"])
+    idle.close()
+    with pytest.raises(ScriptError, match=f"^cannot use port {port}: .*; leave out --port or name another$"):
+        serve_page(torch.nn.Identity(), torch.device("cpu"), port)
+
+
+def test_a_failing_model_and_a_silent_client(monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    assert 0 < PageRequest.timeout < 60
+    monkeypatch.setattr(PageRequest, "timeout", 0.3)
+    with ThreadingHTTPServer(("127.0.0.1", 0), PageRequest) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.read = lambda path: 1 / 0
+        with socket.create_connection(server.server_address, timeout=20) as client:
+            assert post(server.server_port, b"x") == {"message": "division by zero"}
+            assert client.recv(1) == b""
+        server.shutdown()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium on this machine")
+def test_the_page(port: int, trained: tuple[Path, str], tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(has_touch=True, viewport={"width": 400, "height": 900}, device_scale_factor=2)
+        errors, asked, answered, images = [], [], [], {}
+        for event, events in (("pageerror", errors), ("request", asked), ("requestfinished", answered)):
+            page.on(event, lambda each, events=events: events.append(each))
+        page.goto(f"http://127.0.0.1:{port}/")
+        box, press = page.locator("#pad").bounding_box(), page.keyboard.press
+
+        def draw(digit: int) -> None:
+            for stroke in STROKES[digit]:
+                for x, y in stroke:
+                    page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=3)
+                    page.mouse.down()  # which it is already after the first point
+                page.mouse.up()
+
+        def wait(**wanted: object) -> dict:
+            """Return what is seen as soon as it equals what is wanted, or passes its tests."""
+            for _ in range(200):
+                seen = page.evaluate(SEEN)
+                if all(want(seen[key]) if callable(want) else seen[key] == want for key, want in wanted.items()):
+                    return seen
+                time.sleep(0.05)
+            raise AssertionError(seen)
+
+        for digit, key in ((1, "Escape"), (8, "Delete"), (7, "Escape")):  # draw and clear
+            wait(**EMPTY)
+            draw(digit)
+            while page.wait_for_timeout(200) or len(answered) < len(asked):
+                pass
+            seen = wait(image=any, message="")
+            images[digit] = seen["image"]
+            shares = [float(bar.strip("%")) / 100 for bar in seen["bars"]]
+            check(trained, seen["image"], shares)
+            assert seen["answer"] == str(np.argmax(shares))
+            press(key)
+        assert len(set(map(tuple, images.values()))) == 3
+        wait(**EMPTY)
+        press("Control+z")
+        wait(image=images[7])
+        page.click("#undo")  # the bar of the 7
+        wait(image=lambda image: any(image) and image != images[7])
+        page.click("#clear")
+        wait(**EMPTY)
+        page.touchscreen.tap(100, 300)  # a dot
+        wait(image=any)
+        press("Escape")
+        wait(**EMPTY)
+        page.mouse.move(100, 200)  # a stroke that the system cancels
+        page.mouse.down()
+        page.mouse.move(100, 300)
+        wait(image=any)
+        page.dispatch_event("#pad", "pointercancel", {"pointerId": 1})
+        wait(**EMPTY)
+        page.mouse.up()
+
+        held = []  # one request at a time, and the newest drawing wins
+        asked.clear()
+        page.route("**/", lambda route: route.continue_() if held else held.append(route))
+        draw(1)
+        press("Escape")
+        draw(8)
+        assert len(asked) == 1
+        held[0].continue_()
+        wait(image=images[8])
+        page.route("**/", lambda route: route.abort())
+        draw(1)
+        wait(bars=EMPTY["bars"], message=lambda message: message.startswith("no answer ("))
+        page.unroute("**/")
+
+        page.evaluate(DROP, list(draw_picture()))
+        dropped = wait(image=any, message="")
+        (tmp_path / "a.txt").write_text("text")
+        page.set_input_files("#file", tmp_path / "a.txt")
+        wait(image=dropped["image"], message="cannot read a.txt as a picture: use PNG or JPEG")
+        noise = np.random.default_rng(1).integers(0, 255, (1500, 1000, 3), np.uint8)  # a PNG of 4 MB
+        noise[400:1100, 400:600] = 0
+        Image.fromarray(noise).save(tmp_path / "noise.png")
+        with page.expect_file_chooser() as chooser:
+            page.click("#choose")
+        chooser.value.set_files(tmp_path / "noise.png")
+        wait(image=lambda image: any(image) and image != dropped["image"])
+        press("Control+z")
+        wait(**dropped)
+        browser.close()
+    assert errors == []
