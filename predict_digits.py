@@ -171,11 +171,11 @@ def main() -> None:
     model.eval()
 
     failed = False
-    for path in args.files:
+    for number, path in enumerate(args.files, 1):
         try:
             probabilities, pixels, doubt = read_digit(model, path, args.device)
             if args.save_prepared:
-                Image.fromarray(pixels).save(args.save_prepared / f"{path.stem}.png")
+                Image.fromarray(pixels).save(args.save_prepared / f"{number}_{path.stem}_28x28.png")
             first, second = (f"{digit} ({p:.1%})" for p, digit in zip(*probabilities.topk(2), strict=True))
             print(f"{path}: {first}, then {second}" + (doubt and f"; {doubt}"), flush=True)
         except ScriptError as error:  # the next picture may be fine

@@ -206,7 +206,7 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
 
     print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %, saved as {best_path}")
     print(f"Last: epoch {epoch}, test accuracy {test_accuracy:.2f} %, saved as {last_path}")
-    print("Next: python predict_digits.py --test-set --checkpoint", shlex.quote(best_path.as_posix()))
+    print("Next: python predict_digits.py --test-set --draw --checkpoint", shlex.quote(best_path.as_posix()))
 
 
 def seed_epoch(seed: int, epoch: int) -> None:

@@ -67,8 +67,8 @@ def test_pictures(predict: Callable, tiny_data: Path, tmp_path: Path, monkeypatc
     assert re.fullmatch(rf"one\.png: {labels[7]} \(\d+\.\d%\), then \d \(\d+\.\d%\)", first)
     assert second == first.replace("one", "two") + "; unsure: two shapes"
     assert errors == ""
-    for name in ("one", "two"):
-        with Image.open(tmp_path / "seen" / f"{name}.png") as picture:
+    for name in ("1_one_28x28.png", "2_two_28x28.png"):
+        with Image.open(tmp_path / "seen" / name) as picture:
             assert (picture.mode, picture.size, picture.tobytes()) == ("L", (28, 28), pixels.tobytes())
 
 

@@ -84,7 +84,7 @@ class TestTraining:
         lines = output.splitlines()
         assert re.fullmatch(r"Model5 on cpu: epochs 4, batch_size 16, lr 0\.05, .*, seed 1", lines[0])
         assert [line.split(" saved as ")[1] for line in lines[6:8]] == [str(folder / BEST), str(folder / EPOCHS[3])]
-        command = ["python", "predict_digits.py", "--test-set", "--checkpoint", str(folder / BEST)]
+        command = ["python", "predict_digits.py", "--test-set", "--draw", "--checkpoint", str(folder / BEST)]
         assert shlex.split(lines[8]) == ["Next:", *command]
         recipe = RECIPE | {"epochs": 4, "batch_size": 16, "lr": 0.05, "val_loss": None, "val_accuracy": None}
         recipe |= {"model_name": "Model5", "architecture": str(build_model("Model5"))}
