@@ -58,10 +58,9 @@ def port(trained: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) ->
         address = script.stdout.readline().split()[3]
         yield int(address.strip("/").rpartition(":")[2])
         script.send_signal(signal.SIGINT)
-        output, errors = script.communicate(timeout=20)
-        assert output == f"{address}\n"  # from the browser
-        assert errors == "predict_digits.py: interrupted; run it again\n"
-        assert script.returncode == 130
+        assert script.wait(timeout=20) == 130
+        assert script.stdout.read() == f"{address}\n"  # from the browser
+        assert script.stderr.read() == "predict_digits.py: interrupted; run it again\n"
 
 
 def send(port: int, head: str, body: bytes = b"", length: object = None) -> bytes:
