@@ -70,23 +70,10 @@ def prepare_digit(picture: np.ndarray) -> tuple[np.ndarray, str]:
     """
     side = max(picture.shape)
     colour = picture[:: -(-side // CELLS), :: -(-side // CELLS)].std((0, 1)).argmax()  # the one that shows most
-    plane = np.log(picture[:, :, colour] + 0.1) / np.log(11)  # light times paper or ink becomes a sum
-    closest = -(-side // INK_SIDE)
-    for times in (closest, 2 * closest, 4 * closest):  # pale ink stands out from noise where pixels are averaged
-        if (times == closest or side > 100 * times) and (found := find_digit(shrink(plane, times))):
-            break
-    else:
-        raise ScriptError(NO_INK)
-    ink, doubt = found
-    (top, bottom), (left, right) = (np.flatnonzero(ink.max(axis) > 0.2)[[0, -1]] for axis in (1, 0))
-    extent = max(bottom - top, right - left) + 1
-    if extent < 0.3 * max(ink.shape):  # look again, closer
-        margin = extent // 2 + 1
-        rows, columns = (
-            slice(max(0, a - margin) * times, (b + margin) * times) for a, b in ((top, bottom), (left, right))
-        )
-        return prepare_digit(picture[rows, columns])[0], doubt
-    return fit(ink[top : bottom + 1, left : right + 1]), doubt
+    plane = np.log(shrink(picture[:, :, colour], -(-side // INK_SIDE)) + 0.1) / np.log(11)  # shadows become offsets
+    ink, doubt = find_digit(plane)
+    rows, columns = np.nonzero(ink > 0.2)
+    return fit(ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]), doubt
 
 
 def shrink(plane: np.ndarray, times: int) -> np.ndarray:
@@ -94,13 +81,13 @@ def shrink(plane: np.ndarray, times: int) -> np.ndarray:
     return np.asarray(Image.fromarray(plane).reduce(times))
 
 
-def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str] | None:
-    """Return how much ink of the digit each pixel of (H, W) has, in 0..1, and a doubt; None if there is no ink."""
+def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
+    """Return how much ink of the digit the pixels of (H, W) have, (h, w) in 0..1, and a doubt."""
     cell = -(-max(plane.shape) // CELLS)
     padded = np.pad(plane, [(0, -side % cell) for side in plane.shape], "edge")
     small = shrink(padded, cell)
     level = np.median(np.concatenate([small[0], small[-1], small[:, 0], small[:, -1]]))
-    darkest, lightest = np.percentile(padded[::cell, ::cell], (0.05, 99.95))
+    darkest, lightest = np.percentile(padded[::2, ::2], (0.02, 99.98))
     if lightest - level > level - darkest:  # ink is what differs most from the border
         padded, small = -padded, -small
     paper = Image.fromarray(find_paper(small)).resize(padded.shape[::-1], Image.Resampling.BILINEAR)
@@ -110,14 +97,15 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str] | None:
     cells = ink.reshape(small.shape[0], cell, -1, cell).max(1).max(2)  # thin lines count in full
     ground, top = np.percentile(cells, (25, 99.95))
     if top - ground < max(CONTRAST, NOISES * noise):
-        return None
+        if max(plane.shape) < 200:
+            raise ScriptError(NO_INK)
+        return find_digit(shrink(plane, 2))  # pale ink stands out from noise where pixels are averaged
     marked = cells > (top + ground) / 2
     digit, doubt = choose_shapes(label(marked))
     high = np.median(cells[digit & marked])
     low = ground + 0.2 * (high - ground)
     mask = running_max(digit, 1).repeat(cell, 0).repeat(cell, 1)
-    soft = np.clip((ink - low) / (high - low), 0, 1) * mask
-    return soft[: plane.shape[0], : plane.shape[1]], doubt
+    return np.clip((ink - low) / (high - low), 0, 1) * mask, doubt
 
 
 def find_paper(small: np.ndarray) -> np.ndarray:
@@ -181,11 +169,10 @@ def fit(ink: np.ndarray) -> np.ndarray:
         reach = round((WIDENED - line) / 2 * max(ink.shape) / 20)
         ink = running_max(np.pad(ink, reach), reach)
     ink = scale(ink, 80)
-    centre = [np.average(np.arange(ink.shape[axis]) + 0.5, weights=ink.sum(1 - axis)) for axis in (0, 1)]
-    top, left = (round(98 - float(each)) for each in centre)  # the centre of pixel 14, where MNIST has it
-    page = np.zeros((192, 192), np.float32)  # with room around
-    page[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
-    return np.rint(page[40:152, 40:152].reshape(28, 4, 28, 4).mean((1, 3)) * 255).astype(np.uint8)
+    left, top = (np.average(np.arange(len(sums)), weights=sums) for sums in (ink.sum(0), ink.sum(1)))
+    page = Image.new("F", (112, 112))
+    page.paste(Image.fromarray(ink), (round(57.5 - left), round(57.5 - top)))  # the middle of pixel 14, as in MNIST
+    return np.rint(np.asarray(page.reduce(4)) * 255).astype(np.uint8)
 
 
 def scale(ink: np.ndarray, side: int) -> np.ndarray:
