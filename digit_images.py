@@ -1,6 +1,5 @@
 """Pictures of handwritten digits: read from files, and prepared as MNIST's authors prepared theirs."""
 
-import contextlib
 import warnings
 from pathlib import Path
 
@@ -36,10 +35,7 @@ def read_picture(path: Path) -> np.ndarray:
                     f"{image.width}x{image.height} pixels are more than {most // 10**6} million: shrink it"
                 )
             image.draft(None, (MAX_SIDE, MAX_SIDE))
-            image.load()
-            with contextlib.suppress(Exception):  # damaged metadata may raise anything; the picture counts
-                return to_array(ImageOps.exif_transpose(image))
-            return to_array(image)
+            return to_array(ImageOps.exif_transpose(image))
     except Exception as error:  # whatever a decoder raises
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ScriptError(f"cannot read {path}: {reason}; name a picture saved as PNG or JPEG") from error
@@ -53,12 +49,13 @@ def to_array(image: Image.Image) -> np.ndarray:
     if image.mode[0] in "IF":  # more than 8 bits, which Pillow's own conversion would clip
         grey = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
         return np.stack([shrink(grey / max(grey.max(), 1e-9), times)] * 3, 2)
-    pixels = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB").reduce(times), np.float32) / 255
-    if pixels.shape[2] == 4:
-        black = pixels[:, :, :3] * pixels[:, :, 3:]
-        white = black + 1 - pixels[:, :, 3:]
-        pixels = white if np.ptp(white) > 0.1 else black
-    return pixels
+    clear = image.mode[-1] in "Aa" or "transparency" in image.info
+    pixels = np.asarray(image.convert("RGBA" if clear else "RGB").reduce(times), np.float32) / 255
+    if not clear:
+        return pixels
+    black = pixels[:, :, :3] * pixels[:, :, 3:]
+    white = black + 1 - pixels[:, :, 3:]
+    return white if np.ptp(white) > 0.1 else black
 
 
 def prepare_digit(picture: np.ndarray) -> tuple[np.ndarray, str]:
@@ -92,8 +89,8 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
         padded, small = -padded, -small
     paper = Image.fromarray(find_paper(small)).resize(padded.shape[::-1], Image.Resampling.BILINEAR)
     ink = np.asarray(paper) - padded
-    rows = ink[::cell].ravel()
-    noise = 0.6 * np.percentile(np.abs(rows[cell:] - rows[:-cell]), 75)  # the deviation, if it is normal
+    rows = ink[::cell]
+    noise = 0.6 * np.percentile(np.abs(rows - np.roll(rows, cell, 1)), 75)  # the deviation, if it is normal
     cells = ink.reshape(small.shape[0], cell, -1, cell).max(1).max(2)  # thin lines count in full
     ground, top = np.percentile(cells, (25, 99.95))
     if top - ground < max(CONTRAST, NOISES * noise):
@@ -103,9 +100,8 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
     marked = cells > (top + ground) / 2
     digit, doubt = choose_shapes(label(marked))
     high = np.median(cells[digit & marked])
-    low = ground + 0.2 * (high - ground)
     mask = running_max(digit, 1).repeat(cell, 0).repeat(cell, 1)
-    return np.clip((ink - low) / (high - low), 0, 1) * mask, doubt
+    return np.clip((ink - ground) / (high - ground), 0, 1) * mask, doubt
 
 
 def find_paper(small: np.ndarray) -> np.ndarray:
@@ -143,8 +139,8 @@ def choose_shapes(labels: np.ndarray) -> tuple[np.ndarray, str]:
     """Return which cells of numbered shapes (H, W) are the digit's, and a doubt."""
     numbers, areas = np.unique(labels[labels > 0], return_counts=True)
     shapes = [labels == number for number in numbers[np.argsort(-areas)][:20]]
-    sides = [max(side.mean() for side in (shape[0], shape[-1], shape[:, 0], shape[:, -1])) for shape in shapes]
-    shapes = [shape for shape, side in zip(shapes, sides, strict=True) if side < 0.5] or shapes  # no desk, no edge
+    inside = [each for each in shapes if max(*each[[0, -1]].mean(1), *each[:, [0, -1]].mean(0)) < 0.5]
+    shapes = inside or shapes  # not a desk beside the paper or a scanner's edge, along most of a side
     digit, doubt = shapes[0], ""
     for shape in shapes[1:]:
         height, width, columns = digit.any(1).sum(), digit.any(0).sum(), shape.any(0)
@@ -153,29 +149,24 @@ def choose_shapes(labels: np.ndarray) -> tuple[np.ndarray, str]:
             doubt = "several shapes of like size"
         elif (running_max(digit, max(height, width) // 4) & shape).any():  # a part, such as a 5's bar
             digit = digit | shape
-    if any(digit.take(0, axis).any() and digit.take(-1, axis).any() for axis in (0, 1)):
+    if digit[[0, -1]].any(1).all() or digit[:, [0, -1]].any(0).all():
         doubt = doubt or "the ink touches opposite edges"
     return digit, doubt
 
 
 def fit(ink: np.ndarray) -> np.ndarray:
     """Return ink (H, W) in 0..1, scaled into 20x20, with its centre of mass at the centre of (28, 28) uint8."""
-    edged = np.pad(scale(ink, 20), 1)
-    outline = (np.abs(np.diff(edged, axis=0)).sum() + np.abs(np.diff(edged, axis=1)).sum()) * np.pi / 4
-    line = 2 * edged.sum() / outline  # the mean width of the lines
+    square = np.pad(ink, [(0, max(ink.shape) - side) for side in ink.shape])
+    small = np.pad(Image.fromarray(square).resize((20, 20), Image.Resampling.BILINEAR), 1)
+    outline = np.pi / 4 * sum(np.abs(np.diff(small, axis=axis)).sum() for axis in (0, 1))
+    line = 2 * small.sum() / outline  # the mean width of the lines
     if line > BLOB:
         raise ScriptError(NO_INK)
     if line < THIN:  # else a pencil's line is a shade of grey that MNIST does not have
-        reach = round((WIDENED - line) / 2 * max(ink.shape) / 20)
-        ink = running_max(np.pad(ink, reach), reach)
-    ink = scale(ink, 80)
-    left, top = (np.average(np.arange(len(sums)), weights=sums) for sums in (ink.sum(0), ink.sum(1)))
+        reach = round((WIDENED - line) / 2 * len(square) / 20)
+        square = running_max(np.pad(square, reach), reach)
+    fine = Image.fromarray(square).resize((80, 80), Image.Resampling.BILINEAR)
+    left, top = (np.average(np.arange(80), weights=np.sum(fine, axis)) for axis in (0, 1))
     page = Image.new("F", (112, 112))
-    page.paste(Image.fromarray(ink), (round(57.5 - left), round(57.5 - top)))  # the middle of pixel 14, as in MNIST
+    page.paste(fine, (round(57.5 - left), round(57.5 - top)))  # the middle of pixel 14, as in MNIST
     return np.rint(np.asarray(page.reduce(4)) * 255).astype(np.uint8)
-
-
-def scale(ink: np.ndarray, side: int) -> np.ndarray:
-    """Return ink (H, W) in 0..1 with a longer side of so many pixels."""
-    size = [max(1, round(each * side / max(ink.shape))) for each in ink.shape[::-1]]
-    return np.asarray(Image.fromarray(ink).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
