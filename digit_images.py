@@ -97,20 +97,18 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
         if max(plane.shape) < 200:
             raise ScriptError(NO_INK)
         return find_digit(shrink(plane, 2))  # pale ink stands out from noise where pixels are averaged
-    marked = cells > (top + ground) / 2
-    digit, doubt = choose_shapes(label(marked))
-    high = np.median(cells[digit & marked])
+    digit, doubt = choose_shapes(label(cells > (top + ground) / 2))
     mask = running_max(digit, 1).repeat(cell, 0).repeat(cell, 1)
-    return np.clip((ink - ground) / (high - ground), 0, 1) * mask, doubt
+    return np.clip((ink - ground) / (top - ground), 0, 1) * mask, doubt
 
 
 def find_paper(small: np.ndarray) -> np.ndarray:
     """Return (H, W) without what is dark and narrower than four fifths of the longer side: a morphological closing."""
     reach = 2 * max(small.shape) // 5
-    wide = np.pad(small, 2 * reach + 2, "reflect", reflect_type="odd")  # goes on as light does that fades
+    wide = np.pad(small, 2 * reach, "reflect", reflect_type="odd")  # goes on as light does that fades
     wide = np.minimum(wide, small.max())  # but ink at the border is not mirrored as light
-    closed = -running_max(-running_max(wide, reach), reach + 2)  # 2 more because a shadow's edge is soft
-    return np.ascontiguousarray(closed[2 * reach + 2 : -2 * reach - 2, 2 * reach + 2 : -2 * reach - 2])
+    closed = -running_max(-running_max(wide, reach), reach)
+    return closed[2 * reach : 2 * reach + small.shape[0], 2 * reach : 2 * reach + small.shape[1]]
 
 
 def running_max(values: np.ndarray, reach: int) -> np.ndarray:

@@ -7,12 +7,18 @@ The pictures are drawn from the last digits of MNIST's test set; no photograph i
 """
 
 import argparse
+import contextlib
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,6 +27,7 @@ from test_digit_images import EMPTY, KINDS, draw, load_digits  # noqa: E402 - fo
 
 from checkpoints import load_checkpoint  # noqa: E402
 from digit_images import prepare_digit, read_picture  # noqa: E402
+from download_mnist import normalize  # noqa: E402
 from models import build_model  # noqa: E402
 from utils import ScriptError, number_type, path_type, run_script  # noqa: E402
 
@@ -42,26 +49,37 @@ def main() -> None:
     kinds = [(kind, wanted, 1, options) for kind, (wanted, options) in KINDS.items()]
     kinds += [("two digits, to be unsure of", 0, 2, {"part": 0.35})]
     kinds += [(f"empty page {options}", 0, 0, options) for options in EMPTY]
-    print(f"{'100 pictures of':48} read  wanted  unsure  no ink  ms".replace("100", str(args.count)))
+    print(f"{f'{args.count} pictures of':48}   read  wanted  unsure  no ink   ms")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for kind, wanted, shown, options in kinds:
-            right = unsure = empty = seconds = 0
-            for n in range(args.count):
-                picture = read_picture(draw(Path(folder, "picture"), n, *digits[n : n + shown], **options))
-                start = time.perf_counter()
-                try:
-                    image, doubt = prepare_digit(picture)
-                    seconds += time.perf_counter() - start
-                    right += model((torch.from_numpy(image)[None, None] / 255 - 0.1307) / 0.3081).argmax() == labels[n]
-                    unsure += doubt != ""
-                except ScriptError:
-                    seconds += time.perf_counter() - start
-                    empty += 1
-            read, doubted, none = (100 * float(number) / args.count for number in (right, unsure, empty))
-            print(
-                f"{kind:48} {read:4.0f}  {wanted:6}  {doubted:6.0f}  {none:6.0f}  {1000 * seconds / args.count:2.0f}",
-                flush=True,
-            )
+            files = (draw(Path(folder, "a"), n, *digits[n : n + shown], **options) for n in range(args.count))
+            measure(kind, wanted, zip(map(read_picture, files), labels, strict=False), model)
+        with contextlib.suppress(ImportError):
+            from sklearn.datasets import load_digits as load_8x8
+
+            images = [Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in load_8x8().images]
+            large = [np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)) for image in images]
+            pictures = [image.astype(np.float32) / 255 for image in large]
+            measure("scikit-learn's 8x8 digits at 64x64", 87, zip(pictures, load_8x8().target, strict=True), model)
+
+
+def measure(kind: str, wanted: int, pictures: Iterable[tuple[np.ndarray, int]], model: nn.Module) -> None:
+    """Print a line about pictures (H, W, 3) and their labels."""
+    right, unsure, empty, seconds = 0, 0, 0, []
+    for picture, label in pictures:
+        start = time.perf_counter()
+        try:
+            image, doubt = prepare_digit(picture)
+            seconds.append(time.perf_counter() - start)
+            right += int(model(normalize(torch.from_numpy(image)[None, None])).argmax() == label)
+            unsure += doubt != ""
+        except ScriptError:
+            seconds.append(time.perf_counter() - start)
+            empty += 1
+    shares = " ".join(
+        f"{100 * number / len(seconds):7.0f}" for number in (right, wanted * len(seconds) / 100, unsure, empty)
+    )
+    print(f"{kind:48}{shares}{1000 * statistics.median(seconds):5.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -100,9 +100,9 @@ def draw(path: Path, seed: int, *digits: np.ndarray, size: tuple[int, int] = (60
         along = column * np.cos(angle) + row * np.sin(angle), row * np.cos(angle) - column * np.sin(angle)
         page[along[axis] % 50 < 2] = 185
     drawn = [draw_ink(digit, round(part * height), int(rng.choice(width)) if width else None) for digit in digits]
-    gap, tall = round(0.1 * part * height), max([len(each) for each in drawn], default=0)
-    beside_another = [np.pad(each, ((0, tall - len(each)), (0, gap))) for each in drawn]
-    shown = np.hstack([*beside_another, np.zeros((tall, 0))])[:, : -gap or None]
+    gap, tall = round(0.1 * part * height), max([len(each) for each in drawn], default=1)
+    drawn = [np.pad(each, ((0, tall - len(each)), (0, gap))) for each in drawn] or [np.zeros((1, gap + 1))]
+    shown = np.hstack(drawn)[:, :-gap]
     free = 4 + int(beside[1] * height)  # what lies beside the paper covers no digit
     top, left = (rng.integers(free, whole - free + 1 - each) for whole, each in zip(size, shown.shape, strict=True))
     cover[top : top + shown.shape[0], left : left + shown.shape[1]] = shown
