@@ -146,7 +146,7 @@ def test_prepared_like_mnist(kind: str, real_data: Path, tmp_path: Path) -> None
         rows, columns = np.nonzero(image > 40)
         assert 19 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= 22
         assert np.abs(np.average(np.indices((28, 28)), axis=(1, 2), weights=image) - 14).max() < 0.2
-    floor = 0.6 if "width" in KINDS[kind][1] else 0.75  # other lines than MNIST's are less like it
+    floor = 0.5 if "width" in KINDS[kind][1] else 0.75  # other lines than MNIST's are less like it
     assert np.mean(np.array(likeness) > floor) >= 0.9
     assert set(doubts) == {"the ink touches opposite edges" if "cut to" in kind else ""}
 
@@ -164,10 +164,18 @@ def test_two_digits(real_data: Path, tmp_path: Path) -> None:
     assert doubts.count("several shapes of like size") >= 9
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 500), (2000, 2), (30, 700)], ids=str)
-def test_shapes_without_ink(shape: tuple[int, int]) -> None:
-    with pytest.raises(ScriptError, match="no ink"):
-        prepare_digit(np.full((*shape, 3), 0.5, np.float32))
+def test_shapes_without_ink() -> None:
+    for shape in (1, 1), (1, 500), (2000, 2), (30, 700):
+        with pytest.raises(ScriptError, match="no ink"):
+            prepare_digit(np.full((*shape, 3), 0.5, np.float32))
+
+
+def test_coloured_ink(real_data: Path) -> None:
+    digit = load_digits(real_data, 1)[0][0]
+    for colour in range(3):
+        page = np.full((112, 112, 3), 0.8, np.float32)
+        page[28:84, 28:84, colour] -= np.kron(digit, np.ones((2, 2))) / 400
+        assert np.corrcoef(prepare_digit(page)[0].ravel(), digit.ravel())[0, 1] > 0.9
 
 
 GREY = np.tile(np.linspace(0, 240, 40, dtype=np.uint8), (30, 1))
@@ -195,9 +203,8 @@ def test_turned_and_large(tmp_path: Path) -> None:
 
 
 def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {Image: "MAX_IMAGE_PIXELS", digit_images: "MAX_PIXELS"}
-    for module, name in limits.items():
-        monkeypatch.setattr(module, name, 1000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)  # Pillow itself raises from twice as many on
+    monkeypatch.setattr(digit_images, "MAX_PIXELS", 1000)
     monkeypatch.setattr(digit_images, "MAX_JPEG_PIXELS", 2000)
     for name, side in {"cut.png": 31, "large.png": 32, "large.jpg": 50}.items():
         Image.effect_noise((side, side), 99).save(tmp_path / name)
@@ -212,4 +219,4 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             read_picture(tmp_path / name)
     Image.effect_noise((40, 40), 99).save(tmp_path / "large.jpg")
     assert read_picture(tmp_path / "large.jpg").shape == (40, 40, 3)  # a JPEG may have more than Pillow's limit
-    assert Image.MAX_IMAGE_PIXELS == 1000  # put back
+    assert Image.MAX_IMAGE_PIXELS == 700  # put back
