@@ -105,8 +105,7 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
 def find_paper(small: np.ndarray) -> np.ndarray:
     """Return (H, W) without what is dark and narrower than four fifths of the longer side: a morphological closing."""
     reach = 2 * max(small.shape) // 5
-    wide = np.pad(small, 2 * reach, "reflect", reflect_type="odd")  # goes on as light does that fades
-    wide = np.minimum(wide, small.max())  # but ink at the border is not mirrored as light
+    wide = np.pad(small, 2 * reach, "edge")  # so a desk beside the paper is as wide as paper
     closed = -running_max(-running_max(wide, reach), reach)
     return closed[2 * reach : 2 * reach + small.shape[0], 2 * reach : 2 * reach + small.shape[1]]
 
@@ -137,13 +136,11 @@ def choose_shapes(labels: np.ndarray) -> tuple[np.ndarray, str]:
     """Return which cells of numbered shapes (H, W) are the digit's, and a doubt."""
     numbers, areas = np.unique(labels[labels > 0], return_counts=True)
     shapes = [labels == number for number in numbers[np.argsort(-areas)][:20]]
-    inside = [each for each in shapes if max(*each[[0, -1]].mean(1), *each[:, [0, -1]].mean(0)) < 0.5]
-    shapes = inside or shapes  # not a desk beside the paper or a scanner's edge, along most of a side
     digit, doubt = shapes[0], ""
     for shape in shapes[1:]:
         height, width, columns = digit.any(1).sum(), digit.any(0).sum(), shape.any(0)
         apart = (digit.any(0) & columns).sum() < 0.2 * min(width, columns.sum())
-        if apart and shape.any(1).sum() > 0.5 * height and shape.sum() > 0.3 * digit.sum():
+        if apart and shape.sum() > 0.3 * digit.sum():
             doubt = "several shapes of like size"
         elif (running_max(digit, max(height, width) // 4) & shape).any():  # a part, such as a 5's bar
             digit = digit | shape

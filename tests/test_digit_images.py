@@ -164,6 +164,15 @@ def test_two_digits(real_data: Path, tmp_path: Path) -> None:
     assert doubts.count("several shapes of like size") >= 9
 
 
+def test_parts_and_specks() -> None:
+    page = np.ones((100, 100, 3), np.float32)
+    page[40:80, 40:46] = page[30:34, 40:70] = 0  # a digit of two strokes
+    alone = prepare_digit(page)
+    assert alone[1] == "" and alone[0][:8].max() > 200  # the second stroke is there
+    page[5:8, 90:93] = 0  # far and small
+    assert (prepare_digit(page)[0] == alone[0]).all() and prepare_digit(page)[1] == ""
+
+
 def test_shapes_without_ink() -> None:
     for shape in (1, 1), (1, 500), (2000, 2), (30, 700):
         with pytest.raises(ScriptError, match="no ink"):
