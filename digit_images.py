@@ -1,5 +1,7 @@
 """Pictures of handwritten digits: read from files, and prepared as MNIST's authors prepared theirs."""
 
+import io
+import math
 import warnings
 from pathlib import Path
 
@@ -13,32 +15,31 @@ MAX_PIXELS, MAX_JPEG_PIXELS, MAX_SIDE = 89_000_000, 256_000_000, 2000
 INK_SIDE, CELLS = 600, 120  # most pixels, and cells of pixels, along the longer side where ink is looked for
 CONTRAST, NOISES = 0.04, 6  # least contrast of ink (black on white is 1), and least multiple of the noise
 THIN, WIDENED, BLOB = 1.9, 2.2, 8  # pixels of 20x20: lines below THIN are widened; what is wider than BLOB is no digit
-NO_INK = "no ink to be seen: write one digit, dark on light paper or light on dark"
+NO_INK = "no ink in lines to be seen: write one digit, dark on light paper or light on dark"
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """Return the picture in a file as (H, W, 3), float32 in 0..1, upright, its first frame if it has several.
+def read_picture(source: Path | bytes) -> np.ndarray:
+    """Return the picture in a file, or in its content, as (H, W, 3), float32 in 0..1, upright; of several, the first.
 
     A picture with a side above 2000 pixels is shrunk by a whole number. Transparency is laid on white, or on black if
     nothing would be seen on white. Raises ScriptError if the file is missing, damaged, too large or of another format.
     """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a large JPEG is decoded at a smaller size
     try:
-        with path.open("rb") as file:
-            if file.read(12)[4:8] == b"ftyp":  # the content tells: such files are often renamed
-                raise ValueError("HEIC or a relative, as iPhones write it: export it as JPEG")
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
+        data = source.read_bytes() if isinstance(source, Path) else source
+        if data[4:8] == b"ftyp":  # the content tells: such files are often renamed
+            raise ValueError("HEIC or a relative, as iPhones write it: export it as JPEG")
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             warnings.simplefilter("ignore")  # about metadata
-            most = MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS
-            if image.width * image.height > most:
-                raise ValueError(
-                    f"{image.width}x{image.height} pixels are more than {most // 10**6} million: shrink it"
-                )
+            size, most = image.width * image.height, MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS
+            if size > most:
+                raise ValueError(f"it has {size:,} pixels, more than {most:,}: shrink it")
             image.draft(None, (MAX_SIDE, MAX_SIDE))
             return to_array(ImageOps.exif_transpose(image))
     except Exception as error:  # whatever a decoder raises
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ScriptError(f"cannot read {path}: {reason}; name a picture saved as PNG or JPEG") from error
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = "no known format" if unknown else getattr(error, "strerror", None) or first_line(error)
+        raise ScriptError(f"cannot be read: {reason}; use a picture saved as PNG or JPEG") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -67,7 +68,7 @@ def prepare_digit(picture: np.ndarray) -> tuple[np.ndarray, str]:
     """
     side = max(picture.shape)
     colour = picture[:: -(-side // CELLS), :: -(-side // CELLS)].std((0, 1)).argmax()  # the one that shows most
-    plane = np.log(shrink(picture[:, :, colour], -(-side // INK_SIDE)) + 0.1) / np.log(11)  # shadows become offsets
+    plane = np.log(shrink(picture[:, :, colour], -(-side // INK_SIDE)) + 0.1) / math.log(11)  # shadows become offsets
     ink, doubt = find_digit(plane)
     rows, columns = np.nonzero(ink > 0.2)
     return fit(ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]), doubt

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import sys
-import tempfile
 import threading
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
@@ -42,15 +41,19 @@ from utils import ScriptError, describe_error, device_type, make_folder, number_
 def predict(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
     """Return the logits (N, 10) of normalised images (N, 1, 28, 28); raise ScriptError if the model fails on them."""
     try:
-        return torch.cat([model(batch) for batch in images.split(batch_size)])
+        logits = torch.cat([model(batch) for batch in images.split(batch_size)])
+        if logits.shape != (len(images), 10) or not logits.isfinite().all():
+            raise ValueError("it does not return ten finite numbers for each")
+        return logits
     except Exception as error:  # whatever a user's forward raises
-        raise ScriptError(f"{type(model).__name__} fails on 28x28 images: {describe_error(error)}") from error
+        name = type(model).__name__
+        raise ScriptError(f"{name} fails on 28x28 images: {describe_error(error)}; use another checkpoint") from error
 
 
-def read_digit(model: nn.Module, path: Path, device: torch.device) -> tuple[Tensor, np.ndarray, str]:
+def read_digit(model: nn.Module, source: Path | bytes) -> tuple[Tensor, np.ndarray, str]:
     """Return a picture's probabilities (10,), its image (28, 28) uint8, and a doubt or ""; or raise ScriptError."""
-    pixels, doubt = prepare_digit(read_picture(path))
-    image = normalize(torch.from_numpy(pixels)[None, None].to(device))
+    pixels, doubt = prepare_digit(read_picture(source))
+    image = normalize(torch.from_numpy(pixels)[None, None].to(next(model.parameters()).device))
     return predict(model, image).softmax(1)[0].cpu(), pixels, doubt and f"unsure: {doubt}"
 
 
@@ -75,14 +78,15 @@ def worst_mistakes(logits: Tensor, labels: Tensor) -> list[int]:
     return order[(logits.argmax(1) != labels)[order]].tolist()
 
 
-def serve_page(model: nn.Module, device: torch.device, port: int) -> None:
+def serve_page(model: nn.Module, port: int) -> None:
     """Serve the page until Ctrl-C, on a free port if `port` is 0; raise ScriptError if the port cannot be used."""
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), PageRequest)
     except OSError as error:
         raise ScriptError(f"cannot use port {port}: {error.strerror}; leave out --port or name another") from error
     reader = ThreadPoolExecutor(1)  # a model may hold state, and torch starts helpers for each thread that calls it
-    server.read = lambda path: reader.submit(read_digit, model, path, device).result()
+    server.read = lambda data: reader.submit(read_digit, model, data).result()
+    server.page = Path(__file__).with_name("draw_digit.html").read_bytes()
     address = f"http://127.0.0.1:{server.server_port}/"
     print(f"Draw digits at {address} (Ctrl-C ends the server)", flush=True)
     threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()  # a text browser would block
@@ -111,7 +115,7 @@ class PageRequest(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Send the page."""
-        self.send("text/html; charset=utf-8", Path(__file__).with_name("draw_digit.html").read_bytes())
+        self.send("text/html; charset=utf-8", self.server.page)
 
     def do_POST(self) -> None:
         """Send what is read in the picture, or why nothing is, as JSON."""
@@ -122,10 +126,7 @@ class PageRequest(BaseHTTPRequestHandler):
             self.send_error(400)
         else:
             try:
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / "picture.png"
-                    path.write_bytes(data)
-                    probabilities, pixels, doubt = self.server.read(path)
+                probabilities, pixels, doubt = self.server.read(data)
                 answer = {"probabilities": probabilities.tolist(), "image": pixels.tolist(), "message": doubt}
             except Exception as error:  # whatever the picture or a user's model causes
                 answer = {"message": describe_error(error)}
@@ -173,13 +174,13 @@ def main() -> None:
     failed = False
     for number, path in enumerate(args.files, 1):
         try:
-            probabilities, pixels, doubt = read_digit(model, path, args.device)
+            probabilities, pixels, doubt = read_digit(model, path)
             if args.save_prepared:
                 Image.fromarray(pixels).save(args.save_prepared / f"{number}_{path.stem}_28x28.png")
             first, second = (f"{digit} ({p:.1%})" for p, digit in zip(*probabilities.topk(2), strict=True))
             print(f"{path}: {first}, then {second}" + (doubt and f"; {doubt}"), flush=True)
         except ScriptError as error:  # the next picture may be fine
-            print(f"predict_digits.py: error: {error}", file=sys.stderr)
+            print(f"predict_digits.py: error: {path}: {error}", file=sys.stderr)
             failed = True
     if args.test_set or args.plot or not (args.files or args.draw):
         images, labels = load_mnist(args.data_dir, train=False, device=args.device)
@@ -190,7 +191,7 @@ def main() -> None:
             rows = zip(labels[worst], *logits[worst].softmax(1).max(1), strict=True)
             draw_mistakes(args.plot, images[worst], [f"{label} read as {digit}, {p:.0%}" for label, p, digit in rows])
     if args.draw:
-        serve_page(model, args.device, args.port)
+        serve_page(model, args.port)
     if failed:
         sys.exit(1)
 

@@ -73,7 +73,7 @@ def test_pictures(predict: Callable, tiny_data: Path, tmp_path: Path, monkeypatc
 
 
 def test_the_page_is_served_last(predict: Callable, monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(predict_digits, "serve_page", lambda model, device, port: print("page on port", port))
+    monkeypatch.setattr(predict_digits, "serve_page", lambda model, port: print("page on port", port))
     output = predict("--test-set", "--draw", "--port", 1)[0]
     assert "on the test set: accuracy " in output
     assert output.endswith("\npage on port 1\n")
@@ -85,10 +85,10 @@ def test_a_bad_picture_stops_no_other(predict: Callable, tmp_path: Path, capsys:
     with raises(SystemExit, match="1"):
         predict(tmp_path / "empty.png", tmp_path / "none.png")
     output, errors = capsys.readouterr()
+    empty, none = errors.splitlines()
     assert output == ""
-    assert [
-        str(tmp_path / name) in line for name, line in zip(("empty.png", "none.png"), errors.splitlines(), strict=True)
-    ]
+    assert empty.startswith(f"predict_digits.py: error: {tmp_path / 'empty.png'}: no ink in lines")
+    assert none.startswith(f"predict_digits.py: error: {tmp_path / 'none.png'}: cannot be read: No such file")
 
 
 def test_what_cannot_be_used(predict: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
