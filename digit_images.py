@@ -70,8 +70,8 @@ def prepare_digit(picture: np.ndarray) -> tuple[np.ndarray, str]:
     colour = picture[:: -(-side // CELLS), :: -(-side // CELLS)].std((0, 1)).argmax()  # the one that shows most
     plane = np.log(shrink(picture[:, :, colour], -(-side // INK_SIDE)) + 0.1) / math.log(11)  # shadows become offsets
     ink, doubt = find_digit(plane)
-    rows, columns = np.nonzero(ink > 0.2)
-    return fit(ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]), doubt
+    left, top, right, bottom = Image.fromarray(ink > 0.2).getbbox()
+    return fit(ink[top:bottom, left:right]), doubt
 
 
 def shrink(plane: np.ndarray, times: int) -> np.ndarray:
@@ -90,10 +90,10 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
         padded, small = -padded, -small
     paper = Image.fromarray(find_paper(small)).resize(padded.shape[::-1], Image.Resampling.BILINEAR)
     ink = np.asarray(paper) - padded
-    rows = ink[::cell]
+    rows = ink[:: 2 * cell]
     noise = 0.6 * np.percentile(np.abs(rows - np.roll(rows, cell, 1)), 75)  # the deviation, if it is normal
     cells = ink.reshape(small.shape[0], cell, -1, cell).max(1).max(2)  # thin lines count in full
-    ground, top = np.percentile(cells, (25, 99.95))
+    ground, top = np.percentile(cells, (25, 99.95)).tolist()  # no float64 that would make the ink so, too
     if top - ground < max(CONTRAST, NOISES * noise):
         if max(plane.shape) < 200:
             raise ScriptError(NO_INK)
@@ -106,9 +106,9 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
 def find_paper(small: np.ndarray) -> np.ndarray:
     """Return (H, W) without what is dark and narrower than four fifths of the longer side: a morphological closing."""
     reach = 2 * max(small.shape) // 5
-    wide = np.pad(small, 2 * reach, "edge")  # so a desk beside the paper is as wide as paper
+    wide = np.pad(small, reach, "edge")  # so a desk beside the paper is as wide as paper
     closed = -running_max(-running_max(wide, reach), reach)
-    return closed[2 * reach : 2 * reach + small.shape[0], 2 * reach : 2 * reach + small.shape[1]]
+    return closed[reach : reach + small.shape[0], reach : reach + small.shape[1]]
 
 
 def running_max(values: np.ndarray, reach: int) -> np.ndarray:
@@ -137,13 +137,13 @@ def choose_shapes(labels: np.ndarray) -> tuple[np.ndarray, str]:
     """Return which cells of numbered shapes (H, W) are the digit's, and a doubt."""
     numbers, areas = np.unique(labels[labels > 0], return_counts=True)
     shapes = [labels == number for number in numbers[np.argsort(-areas)][:20]]
-    digit, doubt = shapes[0], ""
+    digit, doubt, columns = shapes[0], "", shapes[0].any(0)
+    near = running_max(digit, max(digit.any(1).sum(), columns.sum()) // 4)
     for shape in shapes[1:]:
-        height, width, columns = digit.any(1).sum(), digit.any(0).sum(), shape.any(0)
-        apart = (digit.any(0) & columns).sum() < 0.2 * min(width, columns.sum())
-        if apart and shape.sum() > 0.3 * digit.sum():
+        both = (columns & shape.any(0)).sum()
+        if shape.sum() > 0.3 * shapes[0].sum() and both < 0.2 * min(columns.sum(), shape.any(0).sum()):
             doubt = "several shapes of like size"
-        elif (running_max(digit, max(height, width) // 4) & shape).any():  # a part, such as a 5's bar
+        elif (near & shape).any():  # a part, such as a 5's bar
             digit = digit | shape
     if digit[[0, -1]].any(1).all() or digit[:, [0, -1]].any(0).all():
         doubt = doubt or "the ink touches opposite edges"

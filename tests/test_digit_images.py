@@ -168,7 +168,7 @@ def test_parts_and_specks() -> None:
     page = np.ones((100, 100, 3), np.float32)
     page[40:80, 40:46] = page[30:34, 40:70] = 0  # a digit of two strokes
     alone = prepare_digit(page)
-    assert alone[1] == "" and alone[0][:8].max() > 200  # the second stroke is there
+    assert alone[1] == "" and alone[0][:9, 18:].max() > 200  # the second stroke is there
     page[5:8, 90:93] = 0  # far and small
     assert (prepare_digit(page)[0] == alone[0]).all() and prepare_digit(page)[1] == ""
 
