@@ -88,7 +88,7 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
     darkest, lightest = np.percentile(padded[::2, ::2], (0.02, 99.98))
     if lightest - level > level - darkest:  # ink is what differs most from the border
         padded, small = -padded, -small
-    paper = Image.fromarray(find_paper(small)).resize(padded.shape[::-1], Image.Resampling.BILINEAR)
+    paper = Image.fromarray(find_paper(small)).resize(padded.shape[::-1], Image.BILINEAR)
     ink = np.asarray(paper) - padded
     rows = ink[:: 2 * cell]
     noise = 0.6 * np.percentile(np.abs(rows - np.roll(rows, cell, 1)), 75)  # the deviation, if it is normal
@@ -153,7 +153,7 @@ def choose_shapes(labels: np.ndarray) -> tuple[np.ndarray, str]:
 def fit(ink: np.ndarray) -> np.ndarray:
     """Return ink (H, W) in 0..1, scaled into 20x20, with its centre of mass at the centre of (28, 28) uint8."""
     square = np.pad(ink, [(0, max(ink.shape) - side) for side in ink.shape])
-    small = np.pad(Image.fromarray(square).resize((20, 20), Image.Resampling.BILINEAR), 1)
+    small = np.pad(Image.fromarray(square).resize((20, 20), Image.BILINEAR), 1)
     outline = np.pi / 4 * sum(np.abs(np.diff(small, axis=axis)).sum() for axis in (0, 1))
     line = 2 * small.sum() / outline  # the mean width of the lines
     if line > BLOB:
@@ -161,7 +161,7 @@ def fit(ink: np.ndarray) -> np.ndarray:
     if line < THIN:  # else a pencil's line is a shade of grey that MNIST does not have
         reach = round((WIDENED - line) / 2 * len(square) / 20)
         square = running_max(np.pad(square, reach), reach)
-    fine = Image.fromarray(square).resize((80, 80), Image.Resampling.BILINEAR)
+    fine = Image.fromarray(square).resize((80, 80), Image.BILINEAR)
     left, top = (np.average(np.arange(80), weights=np.sum(fine, axis)) for axis in (0, 1))
     page = Image.new("F", (112, 112))
     page.paste(fine, (round(57.5 - left), round(57.5 - top)))  # the middle of pixel 14, as in MNIST

@@ -21,6 +21,7 @@ import train_test_mnist
 from checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
+TRAINED_MODEL5 = ROOT / "tests" / "model5.pth"  # with the README's stronger recipe and seed 1: 99.51 %
 FOUR_EPOCHS = "--epochs", 4, "--batch-size", 16, "--lr", 0.05
 
 # For scripts: no waiting for each other, one width, no network
