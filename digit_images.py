@@ -31,8 +31,8 @@ def read_picture(source: Path | bytes) -> np.ndarray:
             raise ValueError("HEIC or a relative, as iPhones write it: export it as JPEG")
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             warnings.simplefilter("ignore")  # about metadata
-            size, most = image.width * image.height, MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS
-            if size > most:
+            most = MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS
+            if (size := image.width * image.height) > most:
                 raise ValueError(f"it has {size:,} pixels, more than {most:,}: shrink it")
             image.draft(None, (MAX_SIDE, MAX_SIDE))
             return to_array(ImageOps.exif_transpose(image))
@@ -142,11 +142,11 @@ def choose_shapes(labels: np.ndarray) -> tuple[np.ndarray, str]:
     for shape in shapes[1:]:
         both = (columns & shape.any(0)).sum()
         if shape.sum() > 0.3 * shapes[0].sum() and both < 0.2 * min(columns.sum(), shape.any(0).sum()):
-            doubt = "several shapes of like size"
+            doubt = "unsure: several shapes of like size"
         elif (near & shape).any():  # a part, such as a 5's bar
             digit = digit | shape
     if digit[[0, -1]].any(1).all() or digit[:, [0, -1]].any(0).all():
-        doubt = doubt or "the ink touches opposite edges"
+        doubt = doubt or "unsure: the ink touches opposite edges"
     return digit, doubt
 
 

@@ -46,15 +46,14 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
             raise ValueError("it does not return ten finite numbers for each")
         return logits
     except Exception as error:  # whatever a user's forward raises
-        name = type(model).__name__
-        raise ScriptError(f"{name} fails on 28x28 images: {describe_error(error)}; use another checkpoint") from error
+        raise ScriptError(f"{type(model).__name__} fails on 28x28 images: {describe_error(error)}; fix it") from error
 
 
 def read_digit(model: nn.Module, source: Path | bytes) -> tuple[Tensor, np.ndarray, str]:
     """Return a picture's probabilities (10,), its image (28, 28) uint8, and a doubt or ""; or raise ScriptError."""
     pixels, doubt = prepare_digit(read_picture(source))
     image = normalize(torch.from_numpy(pixels)[None, None].to(next(model.parameters()).device))
-    return predict(model, image).softmax(1)[0].cpu(), pixels, doubt and f"unsure: {doubt}"
+    return predict(model, image).softmax(1)[0].cpu(), pixels, doubt
 
 
 def format_mistakes(logits: Tensor, labels: Tensor) -> str:
@@ -178,7 +177,8 @@ def main() -> None:
             if args.save_prepared:
                 Image.fromarray(pixels).save(args.save_prepared / f"{number}_{path.stem}_28x28.png")
             first, second = (f"{digit} ({p:.1%})" for p, digit in zip(*probabilities.topk(2), strict=True))
-            print(f"{path}: {first}, then {second}" + (doubt and f"; {doubt}"), flush=True)
+            answer = f"{doubt}; perhaps {first[0]}" if doubt else f"{first}, then {second}"
+            print(f"{path}: {answer}", flush=True)
         except ScriptError as error:  # the next picture may be fine
             print(f"predict_digits.py: error: {path}: {error}", file=sys.stderr)
             failed = True

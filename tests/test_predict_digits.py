@@ -61,11 +61,11 @@ def test_pictures(predict: Callable, tiny_data: Path, tmp_path: Path, monkeypatc
     images, labels = load_mnist(tiny_data, train=False, device=torch.device("cpu"))
     pixels = ((images[7, 0] * 0.3081 + 0.1307) * 255).round().byte().numpy()
     monkeypatch.setattr(predict_digits, "read_picture", lambda path: path)
-    monkeypatch.setattr(predict_digits, "prepare_digit", lambda path: (pixels, "two shapes" * (path.stem == "two")))
+    monkeypatch.setattr(predict_digits, "prepare_digit", lambda path: (pixels, "unsure: two" * (path.stem == "two")))
     output, errors = predict("one.png", "two.png", "--save-prepared", tmp_path / "seen")
     first, second = output.splitlines()
     assert re.fullmatch(rf"one\.png: {labels[7]} \(\d+\.\d%\), then \d \(\d+\.\d%\)", first)
-    assert second == first.replace("one", "two") + "; unsure: two shapes"
+    assert second == f"two.png: unsure: two; perhaps {labels[7]}"
     assert errors == ""
     for name in ("1_one_28x28.png", "2_two_28x28.png"):
         with Image.open(tmp_path / "seen" / name) as picture:
