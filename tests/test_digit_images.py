@@ -161,13 +161,18 @@ def test_read(kind: str, read: Callable, real_data: Path, tmp_path: Path) -> Non
         image, doubt = prepare(tmp_path, seed, digit, **options)
         right += read(image) == label
         doubts += [doubt] if doubt else []
-        rows, columns = np.nonzero(image > 40)
-        assert 19 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= 22
-        assert np.abs(np.average(np.indices((28, 28)), axis=(1, 2), weights=image) - 14).max() < 0.2
     assert right >= count * share // 100
     assert (
         set(doubts) == {"unsure: the ink touches opposite edges"} if "cut to" in kind else len(doubts) <= 0.02 * count
     )
+
+
+def test_size_and_place(real_data: Path, tmp_path: Path) -> None:
+    for seed, digit in enumerate(load_digits(real_data, 20)[0]):
+        image, _ = prepare(tmp_path, seed, digit, size=(300, 400))
+        rows, columns = np.nonzero(image > 40)
+        assert 19 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= 22
+        assert np.abs(np.average(np.indices((28, 28)), axis=(1, 2), weights=image) - 14).max() < 0.2
 
 
 @pytest.mark.parametrize("options", EMPTY, ids=str)
