@@ -80,7 +80,7 @@ def shrink(plane: np.ndarray, times: int) -> np.ndarray:
 
 
 def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
-    """Return how much ink of the digit the pixels of (H, W) have, (h, w) in 0..1, and a doubt."""
+    """Return the digit's ink in a plane (H, W), as (h, w) in 0..1, and a doubt; raise ScriptError if there is none."""
     cell = -(-max(plane.shape) // CELLS)
     padded = np.pad(plane, [(0, -side % cell) for side in plane.shape], "edge")
     small = shrink(padded, cell)
