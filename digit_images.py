@@ -99,7 +99,7 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
             raise ScriptError(NO_INK)
         return find_digit(shrink(plane, 2))  # pale ink stands out from noise where pixels are averaged
     digit, doubt = choose_shapes(label(cells > (top + ground) / 2))
-    mask = running_max(digit, 1).repeat(cell, 0).repeat(cell, 1)
+    mask = digit.repeat(cell, 0).repeat(cell, 1)
     return np.clip((ink - ground) / (top - ground), 0, 1) * mask, doubt
 
 
