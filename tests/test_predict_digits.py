@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from pytest import CaptureFixture, MonkeyPatch, raises
 from torch import nn
 
@@ -70,6 +70,25 @@ def test_pictures(predict: Callable, tiny_data: Path, tmp_path: Path, monkeypatc
     for name in ("1_one_28x28.png", "2_two_28x28.png"):
         with Image.open(tmp_path / "seen" / name) as picture:
             assert (picture.mode, picture.size, picture.tobytes()) == ("L", (28, 28), pixels.tobytes())
+
+
+def test_own_class(predict: Callable, trained: tuple[Path, str], tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    def layers(self: nn.Sequential) -> None:
+        nn.Sequential.__init__(self, nn.Flatten(), nn.Linear(784, 10))
+
+    own = type("Own", (nn.Sequential,), {"__init__": layers})
+    monkeypatch.setattr(models, "model_classes", lambda: {"Own": own})
+    model, checkpoint = own(), torch.load(trained[0] / BEST, weights_only=True)
+    states = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+    checkpoint |= {f"{name}_state_dict": state.state_dict() for name, state in states.items()}
+    torch.save(checkpoint | {"model_name": "Own", "architecture": str(model)}, tmp_path / "own.pth")
+    picture = Image.new("L", (90, 90), 255)
+    ImageDraw.Draw(picture).line((45, 20, 45, 70), 0, 5)
+    picture.save(tmp_path / "one.png")
+    lines = predict("--checkpoint", tmp_path / "own.pth", tmp_path / "one.png", "--test-set")[0].splitlines()
+    probabilities = predict_digits.read_digit(model, tmp_path / "one.png")[0]
+    assert lines[0].startswith(f"{tmp_path / 'one.png'}: {probabilities.argmax()} ({probabilities.max():.1%}), then ")
+    assert lines[1].startswith(f"Own of {tmp_path / 'own.pth'} on the test set: accuracy ")
 
 
 def test_the_page_is_served_last(predict: Callable, monkeypatch: MonkeyPatch) -> None:
