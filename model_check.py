@@ -1,5 +1,6 @@
 """Checks of a model: before it is trained, and when its checkpoint is loaded, because people edit their classes."""
 
+import contextlib
 import re
 import sys
 
@@ -8,15 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import build_model
-from utils import ScriptError, describe_error
+from utils import ScriptError, describe_error, first_line
 
 
-def check_model(name: str, state: dict, images: Tensor, labels: Tensor, batch_size: int) -> None:
+def check_model(name: str, state: dict, images: Tensor, labels: Tensor, batch_size: int, amp: bool = False) -> None:
     """Run a model of that class and state on a batch, in training and in evaluation mode.
 
-    `images` (N, 1, 28, 28) and `labels` (N,) are the training set. Raises ScriptError if the model cannot be trained;
-    warns if it can be, but badly.
+    `images` (N, 1, 28, 28) and `labels` (N,) are the training set, `amp` whether bfloat16 is used where it suffices.
+    Raises ScriptError if the model cannot be trained; warns if it can be, but badly.
     """
+    try:
+        precision = torch.autocast(images.device.type, torch.bfloat16) if amp else contextlib.nullcontext()
+    except RuntimeError as error:
+        raise ScriptError(f"cannot train with --amp on {images.device}: {first_line(error)}; leave it out") from error
     model = build_model(name).to(images.device)
     model.load_state_dict(state)
     model.train()
@@ -24,7 +29,8 @@ def check_model(name: str, state: dict, images: Tensor, labels: Tensor, batch_si
         raise ScriptError(f"{name} has nothing to train: no parameters, or none with requires_grad; give it some")
     batch = images[:batch_size]
     for n in {len(batch), len(images) % batch_size or len(batch)}:  # the last batch of an epoch may be smaller
-        logits = run(name, model, images[:n], "training")
+        with precision:
+            logits = run(name, model, images[:n], "training")
         try:
             F.cross_entropy(logits, labels[:n]).backward()
         except Exception as error:  # for example because of an in-place function

@@ -49,6 +49,7 @@ def train_one_epoch(
     labels: Tensor,
     batch_size: int,
     augmented: bool = False,
+    amp: bool = False,  # bfloat16 where it suffices, in forward and loss
     log_interval: int = 10,
     description: str = "",
 ) -> tuple[float, float]:
@@ -65,8 +66,9 @@ def train_one_epoch(
         for number, batch in enumerate(bar, 1):
             inputs, targets = images[batch], labels[batch]
             inputs = augment(inputs) if augmented else inputs
-            logits = model(inputs)  # (batch, 10)
-            loss = F.cross_entropy(logits, targets)
+            with torch.autocast(inputs.device.type, torch.bfloat16) if amp else contextlib.nullcontext():
+                logits = model(inputs)  # (batch, 10)
+                loss = F.cross_entropy(logits, targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -133,7 +135,7 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         print(f"Going on from {args.resume}")
     elif args.init_from != "none":
         model.load_state_dict(checkpoints.load_weights(Path(args.init_from).expanduser(), args.model))
-    check_model(args.model, model.state_dict(), *train_set, args.batch_size)
+    check_model(args.model, model.state_dict(), *train_set, args.batch_size, args.amp)
     scheduler = None
     if args.lr_scheduler == "onecyclelr":
         n = math.ceil(len(train_set[0]) / args.batch_size)  # steps in an epoch
@@ -147,9 +149,8 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         for epoch in range(done + 1, args.epochs + 1):
             seed_epoch(args.seed, epoch)
             start, lr, title = time.perf_counter(), optimizer.param_groups[0]["lr"], f"epoch {epoch}/{args.epochs}"
-            train_loss, train_accuracy = train_one_epoch(
-                model, optimizer, scheduler, *train_set, args.batch_size, args.augment, args.log_interval, title
-            )
+            options = args.batch_size, args.augment, args.amp, args.log_interval, title
+            train_loss, train_accuracy = train_one_epoch(model, optimizer, scheduler, *train_set, *options)
             val_loss, val_accuracy = evaluate(model, *val_set, args.test_batch_size) if val_set else (None, None)
             test_loss, test_accuracy = evaluate(model, *test_set, args.test_batch_size)
             row = {
@@ -261,6 +262,7 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     add_stored("--momentum", 0.9, "of SGD (default: %(default)s)", type=number_type(float, 0, 1))
     add_stored("--weight-decay", 0.0, "of SGD (default: %(default)s)", type=number_type(float, 0, 1e38))
     add_stored("--augment", False, "rotate, shear, scale and shift training images at random", action="store_true")
+    add_stored("--amp", False, "compute in bfloat16 where that suffices; tests use float32", action="store_true")
     add_stored("--val-size", 0, "training images held out (default: %(default)s)", type=number_type(int, 0, 50001))
     add_stored("--init-from", "none", "checkpoint whose weights a new run starts with (default: none)", metavar="FILE")
     add_stored("--seed", 1, "of all randomness (default: %(default)s)", type=number_type(int, 0, 2**32))

@@ -9,6 +9,7 @@ turns; the figures are medians over the rounds.
 """
 
 import argparse
+import contextlib
 import math
 import multiprocessing
 import platform
@@ -89,7 +90,9 @@ def classic_loop(name: str, batch_size: int, device: torch.device, data_dir: Pat
     return repeated(train_step), repeated(test_batch)
 
 
-def this_repository(name: str, batch_size: int, device: torch.device, data_dir: Path) -> tuple[Work, Work]:
+def this_repository(
+    name: str, batch_size: int, device: torch.device, data_dir: Path, amp: bool = False
+) -> tuple[Work, Work]:
     """train_one_epoch and evaluate as train_test_mnist.py calls them."""
     keep_freed_memory()
     images, labels = load_mnist(data_dir, train=True, device=device)
@@ -98,13 +101,18 @@ def this_repository(name: str, batch_size: int, device: torch.device, data_dir: 
 
     def train(steps: int) -> None:
         count = steps * batch_size
-        train_one_epoch(model, optimizer, None, images[:count], labels[:count], batch_size)
+        train_one_epoch(model, optimizer, None, images[:count], labels[:count], batch_size, amp=amp)
 
     def test(batches: int) -> None:
         count = batches * TEST_BATCH
         evaluate(model, test_images[:count], test_labels[:count], TEST_BATCH)
 
     return train, test
+
+
+def with_amp(*setting: object) -> tuple[Work, Work]:
+    """The same with --amp."""
+    return this_repository(*setting, amp=True)
 
 
 def compute_only(name: str, batch_size: int, device: torch.device, data_dir: Path) -> tuple[Work, Work]:
@@ -143,7 +151,8 @@ def serve(connection: object, prepare: Callable[..., tuple[Work, Work]], setting
 def measure(setting: Setting, rounds: int, steps: int) -> list[tuple[str, float, float, float]]:
     """Return each variant's name, seconds a training step, seconds an epoch, and speed in classic loops."""
     context, connections = multiprocessing.get_context("spawn"), {}
-    for prepare in (classic_loop, this_repository, compute_only):
+    amp = [with_amp] if setting[2].type != "cpu" or bfloat16_instructions() else []  # without them it takes minutes
+    for prepare in (classic_loop, this_repository, *amp, compute_only):
         connections[prepare.__name__], theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, prepare, setting), daemon=True).start()
         theirs.close()  # so that a process that dies is noticed
@@ -165,6 +174,13 @@ def measure(setting: Setting, rounds: int, steps: int) -> list[tuple[str, float,
     return rows
 
 
+def bfloat16_instructions() -> list[str]:
+    """Return the CPU's, as far as the system tells them."""
+    with contextlib.suppress(OSError):
+        return sorted({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+    return []
+
+
 def main() -> None:
     """Print one table for each model, and how long a start takes."""
     parser = argparse.ArgumentParser(
@@ -180,6 +196,7 @@ def main() -> None:
     batch_size = default_batch_size(args.device)
     download_mnist(args.data_dir)
     hardware = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine()
+    hardware += f", {' and '.join(bfloat16_instructions()) or 'no'} bfloat16 instructions"
     print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in ["Model1", "Model2", "Model5"] if args.model == "all" else [find_model_name(args.model)]:
         rows = measure((name, batch_size, args.device, args.data_dir), args.rounds, args.steps)

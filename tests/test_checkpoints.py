@@ -53,10 +53,14 @@ def assert_refused(path: Path, reason: str = "", to_resume: bool = False) -> Non
         load_checkpoint(path, to_resume)
 
 
-@pytest.mark.parametrize(("model", "momentum"), [("Model1", 0), ("Model2", 0.9), ("Model5", 0.8)])
-def test_resuming_equals_never_having_stopped(model: str, momentum: float, train: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "momentum", "amp"), [
+    ("Model1", 0, []), ("Model2", 0.9, []), ("Model5", 0.8, []), ("Model5", 0.9, ["--amp"])
+])  # fmt: skip
+def test_resuming_equals_never_having_stopped(
+    model: str, momentum: float, amp: list[str], train: Callable, tmp_path: Path
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    recipe = "--model", model, "--batch-size", 24, "--lr", 0.03, "--momentum", momentum, "--seed", 3
+    recipe = "--model", model, "--batch-size", 24, "--lr", 0.03, "--momentum", momentum, "--seed", 3, *amp
     expected = rows(train(whole, *recipe, "--epochs", 4))
     state = torch.get_rng_state()
     found = rows(train(parts, *recipe, "--epochs", 1))
@@ -93,7 +97,8 @@ def test_options_are_remembered_and_epochs_may_grow(train: Callable, folder: Pat
     [
         ("--model Model1", "Model5"), ("--batch-size 8", 16), ("--lr 0.5", 0.05), ("--momentum 0.5", 0.9),
         ("--seed 2", 1), ("--val-size 20", 0), ("--lr-scheduler onecyclelr", "constant"), ("--augment", False),
-        ("--weight-decay 0.1", 0.0), ("--checkpoint-dir other", "/.*/check points"), ("--init-from other.pth", "none"),
+        ("--amp", False), ("--weight-decay 0.1", 0.0),
+        ("--checkpoint-dir other", "/.*/check points"), ("--init-from other.pth", "none"),
     ],
 )  # fmt: skip
 def test_a_contradiction(given: str, stored: object, train: Callable, folder: Path, capsys: CaptureFixture) -> None:

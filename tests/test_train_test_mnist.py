@@ -27,11 +27,11 @@ from torch import Tensor, nn
 import download_mnist as dm
 import train_test_mnist as tt
 from checkpoints import BEST, load_checkpoint
-from models import build_model
+from models import Model5, build_model
 from utils import ScriptError
 
 RECIPE = {"epochs": 20, "batch_size": 64, "lr": 0.01, "lr_scheduler": "constant", "momentum": 0.9}
-RECIPE |= {"weight_decay": 0.0, "augment": False, "val_size": 0, "init_from": "none", "seed": 1}
+RECIPE |= {"weight_decay": 0.0, "augment": False, "amp": False, "val_size": 0, "init_from": "none", "seed": 1}
 EPOCHS = [f"mnist_model_epoch_{epoch}.pth" for epoch in (1, 2, 3, 4)]
 
 
@@ -238,6 +238,7 @@ class TestTraining:
         for option in (
             "",
             "--augment",
+            "--amp",
             "--lr-scheduler onecyclelr",
             "--weight-decay 0.01",
             "--val-size 30",
@@ -245,7 +246,24 @@ class TestTraining:
         ):
             train(tmp_path / option, *option.split(), "--epochs", 1, "--batch-size", 16)
             losses.add(load_checkpoint(tmp_path / option / BEST)["train_loss"])
-        assert len(losses) == 6
+        assert len(losses) == 7
+
+    def test_amp(self, train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+        types, evaluate, forward = [], tt.evaluate, Model5.forward
+        monkeypatch.setattr(tt, "evaluate", lambda *args: types.append("test") or evaluate(*args))
+        monkeypatch.setattr(Model5, "forward", lambda self, x: types.append((y := forward(self, x)).dtype) or y)
+        train(tmp_path, "--amp", "--epochs", 1, "--batch-size", 100)
+        assert types[-4:] == [torch.bfloat16] * 2 + ["test", torch.float32]
+        checkpoint = load_checkpoint(tmp_path / BEST)
+        assert checkpoint["amp"] is True
+        assert {tensor.dtype for tensor in checkpoint["model_state_dict"].values()} == {torch.float32, torch.int64}
+
+        def refuse(*args: object) -> None:
+            raise RuntimeError("Current CUDA Device does not support bfloat16.\nPlease switch.")
+
+        monkeypatch.setattr(torch, "autocast", refuse)
+        with raises(ScriptError, match=r"^cannot train with --amp on cpu: Current CUDA .*bfloat16\.; leave it out$"):
+            train(tmp_path / "other", "--amp")
 
     def test_schedule(self, train: Callable, tmp_path: Path) -> None:
         train(tmp_path, "--lr-scheduler", "onecyclelr", "--epochs", 10, "--batch-size", 16)  # 13 batches an epoch
