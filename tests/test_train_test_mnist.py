@@ -328,8 +328,8 @@ class TestTraining:
         with raises(SystemExit):
             parse("--help")
         text = capsys.readouterr().out
-        assert len(re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)) == 20
-        assert len(re.findall(r"\(default:\s", text)) == 16  # all but --augment, --deterministic, --plot and --dry-run
+        assert len(re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)) == 21
+        assert len(re.findall(r"\(default:\s", text)) == 16  # not the flags
 
     @pytest.mark.parametrize("option", ["--data-dir", "--checkpoint-dir"])
     def test_folder_that_is_a_file(self, option: str, train: Callable, tmp_path: Path) -> None:
