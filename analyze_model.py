@@ -371,7 +371,7 @@ def main() -> None:
     if args.image and (blocks := centre_fields(analysis)):
         draw_receptive_fields(args.image, digit, blocks, module_maps(model, digit))
     elif args.image:
-        problems.append(f"{args.image} is not drawn, for no receptive field is known")
+        problems.append(f"{args.image} is not drawn because no receptive field is known")
     if problems:
         raise ScriptError("; ".join(problems))
 

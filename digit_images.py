@@ -19,7 +19,7 @@ NO_INK = "no ink in lines to be seen: write one digit, dark on light paper or li
 
 
 def read_picture(source: Path | bytes) -> np.ndarray:
-    """Return the picture in a file, or in its content, as (H, W, 3), float32 in 0..1, upright; of several, the first.
+    """Return a picture, given by its path or bytes, as (H, W, 3), float32 in 0..1, upright; only its first frame.
 
     A picture with a side above 2000 pixels is shrunk by a whole number. Transparency is laid on white, or on black if
     nothing would be seen on white. Raises ScriptError if the file is missing, damaged, too large or of another format.
@@ -91,9 +91,9 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
     paper = Image.fromarray(find_paper(small)).resize(padded.shape[::-1], Image.BILINEAR)
     ink = np.asarray(paper) - padded
     rows = ink[:: 2 * cell]
-    noise = 0.6 * np.percentile(np.abs(rows - np.roll(rows, cell, 1)), 75)  # the deviation, if it is normal
+    noise = 0.6 * np.percentile(np.abs(rows - np.roll(rows, cell, 1)), 75)  # the standard deviation, if normal
     cells = ink.reshape(small.shape[0], cell, -1, cell).max(1).max(2)  # thin lines count in full
-    ground, top = np.percentile(cells, (25, 99.95)).tolist()  # no float64 that would make the ink so, too
+    ground, top = np.percentile(cells, (25, 99.95)).tolist()  # Python floats, so that the ink stays float32
     if top - ground < max(CONTRAST, NOISES * noise):
         if max(plane.shape) < 200:
             raise ScriptError(NO_INK)
@@ -106,7 +106,7 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
 def find_paper(small: np.ndarray) -> np.ndarray:
     """Return (H, W) without what is dark and narrower than four fifths of the longer side: a morphological closing."""
     reach = 2 * max(small.shape) // 5
-    wide = np.pad(small, reach, "edge")  # so a desk beside the paper is as wide as paper
+    wide = np.pad(small, reach, "edge")  # a desk beside the paper then counts as paper
     closed = -running_max(-running_max(wide, reach), reach)
     return closed[reach : reach + small.shape[0], reach : reach + small.shape[1]]
 
@@ -129,8 +129,8 @@ def label(mask: np.ndarray) -> np.ndarray:
         largest = running_max(numbers.reshape(mask.shape), 1).ravel() * mask.ravel()
         if (largest == numbers).all():
             return numbers.reshape(mask.shape)[1:-1, 1:-1]
-        np.maximum.at(numbers, numbers.copy(), largest)  # the cell whose number a shape has learns of a larger one
-        numbers = numbers[numbers]  # and tells the shape
+        np.maximum.at(numbers, numbers.copy(), largest)  # the cell that gave a shape its number takes the larger one
+        numbers = numbers[numbers]  # and passes it on to the whole shape
 
 
 def choose_shapes(labels: np.ndarray) -> tuple[np.ndarray, str]:

@@ -97,7 +97,7 @@ def keep_other_file(path: Path) -> None:
 def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return normalised images (N, 1, 28, 28), float32, and labels (N,), int64, on the device.
 
-    Raises ScriptError if the files are not there.
+    Raises ScriptError if the files are missing or damaged.
     """
     folder, part = Path(data_dir, "MNIST", "raw"), "train" if train else "t10k"
     try:
@@ -110,7 +110,7 @@ def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> tuple
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """Return pixels of 0 to 255 as float32, less the mean of the training pixels and over their standard deviation."""
+    """Return pixels of 0 to 255 as float32, minus the mean of the training pixels, divided by their deviation."""
     return pixels.float().div_(255).sub_(0.1307).div_(0.3081)
 
 

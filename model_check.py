@@ -15,7 +15,7 @@ from utils import ScriptError, describe_error, first_line
 def check_model(name: str, state: dict, images: Tensor, labels: Tensor, batch_size: int, amp: bool = False) -> None:
     """Run a model of that class and state on a batch, in training and in evaluation mode.
 
-    `images` (N, 1, 28, 28) and `labels` (N,) are the training set, `amp` whether bfloat16 is used where it suffices.
+    `images` (N, 1, 28, 28) and `labels` (N,) are the training set. `amp`: train in bfloat16 where it suffices.
     Raises ScriptError if the model cannot be trained; warns if it can be, but badly.
     """
     try:

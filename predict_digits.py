@@ -1,6 +1,6 @@
 """Read your own digits with a trained model, or see where it errs on MNIST's test set.
 
-    python predict_digits.py photo.jpg scan.png       # a line a file: the digit, its probability, and the runner-up
+    python predict_digits.py photo.jpg scan.png       # one line for each: digit, probability and runner-up
     python predict_digits.py                          # the test set: accuracy, confusion matrix, worst mistakes
     python predict_digits.py --plot mistakes.png      # the worst mistakes drawn, too; needs matplotlib
     python predict_digits.py --draw                   # a page in your browser: draw digits, and see them read
@@ -83,7 +83,7 @@ def serve_page(model: nn.Module, port: int) -> None:
         server = ThreadingHTTPServer(("127.0.0.1", port), PageRequest)
     except OSError as error:
         raise ScriptError(f"cannot use port {port}: {error.strerror}; leave out --port or name another") from error
-    reader = ThreadPoolExecutor(1)  # a model may hold state, and torch starts helpers for each thread that calls it
+    reader = ThreadPoolExecutor(1)  # one thread: a model may hold state, and torch starts helpers for each caller
     server.read = lambda data: reader.submit(read_digit, model, data).result()
     server.page = Path(__file__).with_name("draw_digit.html").read_bytes()
     address = f"http://127.0.0.1:{server.server_port}/"
@@ -93,7 +93,7 @@ def serve_page(model: nn.Module, port: int) -> None:
 
 
 class PageRequest(BaseHTTPRequestHandler):
-    """A request for the page, or from it: a picture to read. Python's http.server calls all methods but `send`."""
+    """A request for the page, or one from the page with a picture to read; http.server calls all methods but `send`."""
 
     timeout = 10  # seconds without a byte, after which the connection is closed
 
@@ -132,7 +132,7 @@ class PageRequest(BaseHTTPRequestHandler):
             self.send("application/json", json.dumps(answer).encode())
 
     def send(self, kind: str, data: bytes) -> None:
-        """Send an answer of that media type; the page may use nothing from elsewhere, nor be shown inside another."""
+        """Send an answer of that media type; the page may load nothing from other sites or be shown in one."""
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Security-Policy", "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'")

@@ -111,7 +111,7 @@ def this_repository(
 
 
 def with_amp(*setting: object) -> tuple[Work, Work]:
-    """The same with --amp."""
+    """this_repository with --amp."""
     return this_repository(*setting, amp=True)
 
 
@@ -151,7 +151,7 @@ def serve(connection: object, prepare: Callable[..., tuple[Work, Work]], setting
 def measure(setting: Setting, rounds: int, steps: int) -> list[tuple[str, float, float, float]]:
     """Return each variant's name, seconds a training step, seconds an epoch, and speed in classic loops."""
     context, connections = multiprocessing.get_context("spawn"), {}
-    amp = [with_amp] if setting[2].type != "cpu" or bfloat16_instructions() else []  # without them it takes minutes
+    amp = [with_amp] if setting[2].type != "cpu" or bfloat16_instructions() else []  # else it takes minutes
     for prepare in (classic_loop, this_repository, *amp, compute_only):
         connections[prepare.__name__], theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, prepare, setting), daemon=True).start()
@@ -175,7 +175,7 @@ def measure(setting: Setting, rounds: int, steps: int) -> list[tuple[str, float,
 
 
 def bfloat16_instructions() -> list[str]:
-    """Return the CPU's, as far as the system tells them."""
+    """Return the names of the CPU's bfloat16 instructions; none on a system without /proc/cpuinfo."""
     with contextlib.suppress(OSError):
         return sorted({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
     return []
@@ -195,8 +195,8 @@ def main() -> None:
     args = parser.parse_args()
     batch_size = default_batch_size(args.device)
     download_mnist(args.data_dir)
-    hardware = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine()
-    hardware += f", {' and '.join(bfloat16_instructions()) or 'no'} bfloat16 instructions"
+    cpu = f"{platform.machine()}, {' and '.join(bfloat16_instructions()) or 'no'} bfloat16 instructions"
+    hardware = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else cpu
     print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in ["Model1", "Model2", "Model5"] if args.model == "all" else [find_model_name(args.model)]:
         rows = measure((name, batch_size, args.device, args.data_dir), args.rounds, args.steps)
