@@ -72,7 +72,7 @@ def test_left_overs_are_removed(step: str, results: object, tmp_path: Path) -> N
 def receive(*numbers: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     for number in numbers:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)  # to this thread; another one would not wait
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # all of them arrive now
     time.sleep(9)
 
@@ -95,8 +95,6 @@ ENDS = [
 def test_how_a_script_ends(
     main: Callable, status: object, first: Callable, request: FixtureRequest, capsys: CaptureFixture
 ) -> None:
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])  # still blocked if another thread took the signal
-    request.addfinalizer(lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask))
     for each in (INT, TERM):
         request.addfinalizer(partial(signal.signal, each, signal.signal(each, print)))
     first()
