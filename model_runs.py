@@ -25,6 +25,7 @@ except ImportError:  # before torch 2.1
     FlopCounterMode = None
 
 UNKNOWN_INPUT = "what comes in is not known"
+THROUGH_VIEW = "it depends on a tensor that was changed through a view"
 UNRECORDED = "what it returns comes from no call of a torch function on what it is given"
 RANDOM = "the model's output differs from run to run"
 
@@ -266,12 +267,16 @@ class FieldRun(TorchFunctionMode):
                 line = Layer(name, len(self.running), "function", output_shape=tuple(tensors[0].shape[1:]))
                 self.lines.append(line)
             settle(line, sources, tensors, self.follow(call, sources, len(tensors)))
+            for tensor, before in zip(given, versions, strict=True):
+                whole = tensor._base
+                if tensor._version != before and map_of(whole) and not any(each is whole for each in given):
+                    whole.feature_map = THROUGH_VIEW
         return output
 
     def follow(self, call: Call, sources: list, count: int) -> list[FeatureMap | str | None]:
         """Return the maps in the results of a call, or why they are not known."""
         if any(isinstance(known, str) for _, known in sources):
-            return [UNKNOWN_INPUT] * count
+            return [THROUGH_VIEW if any(known == THROUGH_VIEW for _, known in sources) else UNKNOWN_INPUT] * count
         self.replaying = True
         try:
             found, passes = follow_call(call, sources)

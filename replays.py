@@ -38,8 +38,14 @@ def tensors_in(value: object) -> list[Tensor]:
 
 
 def results_of(output: object, given: list[Tensor], versions: list[int]) -> list[Tensor]:
-    """Return the tensors that a call returned, then those given to it that it changed in place."""
-    changed = [tensor for tensor, before in zip(given, versions, strict=True) if tensor._version != before]
+    """Return the tensors that a call returned, then those given to it that it changed in place.
+
+    Of tensors that share their memory, which seem to change together, only the first.
+    """
+    changed: dict[int, Tensor] = {}
+    for tensor, before in zip(given, versions, strict=True):
+        if tensor._version != before:
+            changed.setdefault(tensor.untyped_storage().data_ptr(), tensor)
     return tensors_in([output, changed])
 
 

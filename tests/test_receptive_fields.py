@@ -64,6 +64,18 @@ def written_by_index(net: nn.Module, x: Tensor) -> Tensor:
     return net.a(canvas)
 
 
+def shifted_channels(net: nn.Module, x: Tensor) -> Tensor:
+    features = net.a(x)
+    features[:, 0] = features[:, 1]
+    return net.b(features)
+
+
+def changed_through_a_view(net: nn.Module, x: Tensor) -> Tensor:
+    features = net.a(x)
+    features[:, :1].add_(net.c(x))
+    return net.b(features)
+
+
 def patches(net: nn.Module, x: Tensor) -> Tensor:
     return net.a(x).flatten(2).transpose(1, 2)  # (N, tokens, channels)
 
@@ -136,6 +148,8 @@ FOLLOWED: dict[str, tuple[nn.Module, int | tuple[int, int]]] = {
     "NHWC": (between(lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (2,)).permute(0, 3, 1, 2)), 5),
     "in place": (between(lambda x: F.relu_(x.add_(1))), 5),
     "written by index": (Net(written_by_index, a=Conv2d(1, 2, 3)), 3),
+    "from part to part": (Net(shifted_channels, a=conv(), b=conv(2)), 5),
+    "in place, flattened": (between(lambda x: F.relu_(x.flatten(2)).view(x.shape)), 5),
     "activations": (Sequential(conv(1, 4), *ACTIVATIONS, nn.Threshold(0.1, 20), nn.GLU(1)), 3),
     "layer norm": (Sequential(conv(), LayerNorm([2, 28, 28]), conv(2)), 30),
     "instance norm": (Sequential(conv(), nn.InstanceNorm2d(2), conv(2)), 30),
@@ -181,6 +195,7 @@ NOT_FOLLOWED: dict[str, tuple[nn.Module, str]] = {
     "scalar": (Net(lambda net, x: net.a(x).mean(), a=conv()), "folds the batch"),
     "side by side": (Net(lambda net, x: torch.cat([x, 2 * x], 3)), "side by side"),
     "jumps": (Net(lambda net, x: net.a(x) + net.b(x), a=Conv2d(1, 2, 2, 2), b=Conv2d(1, 2, 15)), "jumps 1 and 2"),
+    "through a view": (Net(changed_through_a_view, a=conv(), b=conv(2), c=Conv2d(1, 1, 5, 1, 2)), "through a view"),
     "outside torch": (Net(lambda net, x: net.a(torch.from_numpy(x.detach().numpy())), a=conv()), "no call"),
     "qint8": (Net(lambda n, x: n.a(torch.quantize_per_tensor(x, 1, 0, torch.qint8).dequantize()), a=conv()), "replay"),
 }
