@@ -1,15 +1,8 @@
 """Print a model's layers, operations, receptive fields and memory, as measured on the running model.
 
-    python analyze_model.py                                # Model5 on MNIST's 28x28 images
-    python analyze_model.py --model all --batch-size 128   # every class of models.py, then a comparison
-    python analyze_model.py --checkpoint model_checkpoints/best_mnist_model.pth --image fields.png
-
-From the first command's output, with torch 2.15.0:
-
-    layer               type               k  s  p  d  n_in  n_out  j_in  j_out  r_in  r_out  P_in  P_out     RF
-    input_block.0       Conv2d             3  1  0  1    28     26     1      1     1      3     0      0    3x3
-    ...
-    output_block.0      AdaptiveAvgPool2d  7  7  0  1     7      1     2     14    16     28     0      0  28x28
+python analyze_model.py                                # Model5 on MNIST's 28x28 images
+python analyze_model.py --model all --batch-size 128   # every class of models.py, then a comparison
+python analyze_model.py --checkpoint model_checkpoints/best_mnist_model.pth --image fields.png
 """
 
 if __name__ == "__main__":  # first, because the imports take seconds, in which Ctrl-C may come
@@ -26,6 +19,7 @@ from collections import Counter
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from checkpoints import load_checkpoint
 from download_mnist import load_mnist
@@ -276,16 +270,19 @@ def format_fields(analysis: Analysis) -> list[str]:
     for layer in analysis.layers:
         for field in layer.fields:
             axes = [dataclasses.astuple(field[name]) for name in ("height", "width")]
-            cells = ["-" if h is None else str(h) if h == w else f"{h}x{w}" for h, w in zip(*axes, strict=True)]
+            pairs = [["-" if n is None else str(n) for n in pair] for pair in zip(*axes, strict=True)]
+            cells = [h if h == w else f"{h}x{w}" for h, w in pairs]
             rows.append([layer.name, layer.type, *cells, f"{field['height'].r_out}x{field['width'].r_out}"])
         if layer.unknown:
             rows.append([layer.name, layer.type, *"?" * 13])
             reasons.append(f"?            at {layer.name}: {layer.unknown}")
-        elif not layer.fields and not layer.is_block and layer.output_shape:
+        elif not (layer.fields or layer.is_block or layer.is_merged) and layer.output_shape:
             left_out.add(layer.name.split(".")[-1] if layer.type == "function" else layer.type)
     sampled = "Of maps with more than 30 rows or columns, the first, middle and last 10 were probed; of large ones, 4."
     note = [sampled] if max(analysis.input_size) > 30 else []
-    note += [f"Left out, for they change none of these: {', '.join(sorted(left_out))}."] if left_out else []
+    note += (
+        [f"Left out, for they were not seen to change any of these: {', '.join(sorted(left_out))}."] if left_out else []
+    )
     return [format_table(rows, text_columns=2), FIELDS_LEGEND, *reasons, *note]
 
 
@@ -354,6 +351,9 @@ def main() -> None:
     analyses, problems = {}, []
     for name in names:
         model = build_model(name).to(args.device)
+        module_maps(model, torch.zeros(1, 1, *args.input_size, device=args.device))  # gives lazy layers their shapes
+        if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+            raise ScriptError(f"{name} has lazy layers that no image reaches: train it with --dry-run to see why")
         if checkpoint:
             model.load_state_dict(checkpoint["model_state_dict"])
         analysis = analyze(model, tuple(args.input_size), args.batch_size, args.verify)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from receptive_fields import MISMATCH, Axis, Dependence, FeatureMap, as_map, image_map, is_consistent
+from receptive_fields import MISMATCH, Axis, Dependence, FeatureMap, as_map, image_map, is_consistent, slide
 from replays import Call, follow_call, map_tensors, probe, results_of, tensors_in
 from utils import first_line
 
@@ -48,6 +48,7 @@ class Layer:
     kept: int = 0  # bytes, for the batch
     fields: list[dict[str, Axis]] = dataclasses.field(default_factory=list)  # height and width, if it changes them
     unknown: str | None = None  # why the receptive field is not known
+    is_merged: bool = False  # whether a block's line tells of it
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -241,8 +242,9 @@ class FieldRun(TorchFunctionMode):
             found = self.follow(Call(self.twin[name], args, kwargs), sources, len(tensors))
             if not isinstance(found[0], str):
                 settle(line, sources, tensors, found)
-                for inner in inside:
-                    inner.unknown = None
+                for inner in inside:  # the block's line now says it all
+                    inner.unknown, inner.is_merged = None, True
+                    inner.fields.clear()
         elif UNRECORDED in maps:
             line.unknown = UNRECORDED
         line.output_shape = tuple(tensors[0].shape[1:]) if tensors else ()
@@ -296,7 +298,11 @@ def settle(line: Layer, sources: list, tensors: list[Tensor], found: list[Featur
     if isinstance(first, str):
         line.unknown = line.unknown or first
     elif first and not any(all(map(operator.is_, first.views, source.views)) for _, source in sources):
-        line.fields.append({"height": first.views[0].axis, "width": first.views[1].axis})
+        line.fields.append({})
+        for name, view in zip(("height", "width"), first.views, strict=True):
+            if any(view is each for _, source in sources for each in source.views):  # only the other one changes
+                view = slide(view, (1, 1, 0, 1), view.axis.n_out)
+            line.fields[-1][name] = view.axis
 
 
 def is_random(model: nn.Module, images: Tensor) -> bool:
@@ -323,7 +329,7 @@ def find_wrong_maps(fields: FieldRun) -> tuple[list[str] | None, str]:
     try:
         dependence = next(probe(call, images, image_map(size), run))
     except Exception as error:  # whatever a user's forward raises in float64
-        return None, first_line(error)
+        return None, f"in float64, {first_line(error)}"
     wrong = []
     for (name, known), seen in zip(followed, dependence, strict=True):
         if isinstance(seen, str) or not agrees(known, seen, fields.nan_passes):

@@ -112,7 +112,7 @@ def test_report(report: Callable[..., str]) -> None:
     assert "3 ReLU 24x22x22 139,392" in lines
     assert "output_block.2 Conv2d 7 1 0 1 7 1 2 2 16 28 0 0 28x28" in lines
     assert "trainable 14,620, frozen 0, shared by several layers 0" in lines
-    assert "Left out, for they change none of these: Flatten, ReLU." in lines
+    assert "Left out, for they were not seen to change any of these: Flatten, ReLU." in lines
     assert sum(" ok " in line for line in lines) >= 4
 
 
@@ -213,6 +213,28 @@ def test_images_too_small_show_the_layers_so_far(report: Callable[..., str], cap
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[-6].startswith("0 Conv2d failed 864")
     assert "Receptive fields" not in lines
+
+
+def test_branches_that_differ_in_one_axis() -> None:
+    model = Net(lambda net, x: net.a(x) + net.b(x), a=Conv2d(1, 2, 5, padding=2), b=Conv2d(1, 2, (5, 3), 1, (2, 1)))
+    table = analyze_model.format_fields(analyze(model, (28, 28), 2))[0]
+    assert table.splitlines()[-1].split()[2:7] == ["1x-", "1x-", "0x-", "1x-", "28"]
+
+
+def test_a_block_that_is_followed_as_a_whole() -> None:
+    block = Sequential(Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4), ReLU(), nn.AdaptiveAvgPool2d(1))
+    analysis = analyze(Sequential(block, nn.Flatten()), (28, 28), 2)
+    assert [layer.name for layer in analysis.layers if layer.fields] == ["0"]
+    assert analyze_model.centre_fields(analysis)["0"]["height"] == 28
+    assert analyze_model.format_fields(analysis)[-1].endswith("any of these: Flatten.")
+
+
+def test_lazy_layers(report: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analyze_model, "build_model", lambda name: Sequential(nn.LazyConv2d(4, 3), nn.LazyLinear(10)))
+    assert "0 Conv2d 4x26x26 36 4 40" in " ".join(report("--no-verify").split())
+    monkeypatch.setattr(analyze_model, "build_model", lambda name: Sequential(conv(3), nn.LazyLinear(10)))
+    with pytest.raises(ScriptError, match=r"^Model5 has lazy layers .* --dry-run"):
+        report()
 
 
 def test_image(report: Callable[..., str], tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,12 @@ def test_both_axes() -> None:
     assert fields[0]["width"] == Axis(4, 4, 0, 1, 4, 1, 8, 32, 27, 51, 10, 10)
 
 
+def test_a_call_that_changes_one_axis_changes_nothing_in_the_other() -> None:
+    analysis = analyze(Net(lambda net, x: F.pad(net.a(x), (2, 2)), a=Conv2d(1, 2, 5, 2)), (28, 28), batch_size=2)
+    assert axes_of(analysis, "height")[-1] == Axis(1, 1, 0, 1, 12, 12, 2, 2, 5, 5, 0, 0)
+    assert axes_of(analysis, "width")[-1] == Axis(1, 1, 2, 1, 12, 16, 2, 2, 5, 5, 0, 4)
+
+
 def test_what_comes_in_where_branches_meet_is_the_largest() -> None:
     model = Net(lambda net, x: net.a(x) + x + net.b(x), a=conv(1, 1), b=Conv2d(1, 1, 7, padding=3))
     axes = [axis for axis in axes_of(analyze(model, (28, 28), 2), "height") if axis.k is None]
