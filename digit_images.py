@@ -39,7 +39,7 @@ def read_picture(source: Path | bytes) -> np.ndarray:
     except Exception as error:  # whatever a decoder raises
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = "no known format" if unknown else getattr(error, "strerror", None) or first_line(error)
-        raise ScriptError(f"cannot be read: {reason}; use a picture saved as PNG or JPEG") from error
+        raise ScriptError(f"cannot be read: {reason}; name a picture saved as PNG or JPEG") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -67,7 +67,7 @@ def prepare_digit(picture: np.ndarray) -> tuple[np.ndarray, str]:
     to Document Recognition" (1998). Raises ScriptError if there is no ink.
     """
     side = max(picture.shape)
-    colour = picture[:: -(-side // CELLS), :: -(-side // CELLS)].std((0, 1)).argmax()  # the one that shows most
+    colour = picture[:: -(-side // CELLS)].std((0, 1)).argmax()  # the one that shows most
     plane = np.log(shrink(picture[:, :, colour], -(-side // INK_SIDE)) + 0.1) / math.log(11)  # shadows become offsets
     ink, doubt = find_digit(plane)
     left, top, right, bottom = Image.fromarray(ink > 0.2).getbbox()
@@ -85,7 +85,7 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
     padded = np.pad(plane, [(0, -side % cell) for side in plane.shape], "edge")
     small = shrink(padded, cell)
     level = np.median(np.concatenate([small[0], small[-1], small[:, 0], small[:, -1]]))
-    darkest, lightest = np.percentile(padded[::2, ::2], (0.02, 99.98))
+    darkest, lightest = np.percentile(padded[::4], (0.02, 99.98))
     if lightest - level > level - darkest:  # ink is what differs most from the border
         padded, small = -padded, -small
     paper = Image.fromarray(find_paper(small)).resize(padded.shape[::-1], Image.BILINEAR)

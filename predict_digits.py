@@ -179,7 +179,7 @@ def main() -> None:
             first, second = (f"{digit} ({p:.1%})" for p, digit in zip(*probabilities.topk(2), strict=True))
             answer = f"{doubt}; perhaps {first[0]}" if doubt else f"{first}, then {second}"
             print(f"{path}: {answer}", flush=True)
-        except ScriptError as error:  # the next picture may be fine
+        except (ScriptError, OSError) as error:  # the next picture may be fine
             print(f"predict_digits.py: error: {path}: {error}", file=sys.stderr)
             failed = True
     if args.test_set or args.plot or not (args.files or args.draw):

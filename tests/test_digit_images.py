@@ -206,6 +206,14 @@ def test_parts_and_specks() -> None:
     assert (prepare_digit(page)[0] == alone[0]).all() and prepare_digit(page)[1] == ""
 
 
+def test_a_line_of_one_pixel_in_any_column() -> None:
+    for left in (40, 41):
+        for paper, ink in ((0, 1), ([0.98, 0.94, 0.86], [0.12, 0.24, 0.78])):
+            page = np.ones((150, 100, 3), np.float32) * np.array(paper, np.float32)
+            page[40:100, left] = ink
+            assert prepare_digit(page)[0][6:22].max(1).min() > 200
+
+
 def test_shapes_without_ink() -> None:
     for shape in (1, 1), (1, 500), (2000, 2), (30, 700):
         with pytest.raises(ScriptError, match="no ink"):
@@ -262,7 +270,7 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "large.jpg": "2,500 pixels",
     }
     for name, reason in reasons.items():
-        with pytest.raises(ScriptError, match=f"^cannot be read: .*{reason}.*; use a picture saved as PNG or JPEG$"):
+        with pytest.raises(ScriptError, match=f"^cannot be read: .*{reason}.*; name a picture saved as PNG or JPEG$"):
             read_picture(tmp_path / name)
     Image.effect_noise((40, 40), 99).save(tmp_path / "large.jpg")
     assert read_picture(tmp_path / "large.jpg").shape == (40, 40, 3)  # a JPEG may have more than Pillow's limit

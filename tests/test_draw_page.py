@@ -156,6 +156,7 @@ def test_the_page(port: int, tmp_path: Path) -> None:
 
         for digit, key in ((1, "Escape"), (8, "Delete"), (7, "Escape")):  # draw and clear
             wait(**EMPTY)
+            press("Control+a")  # what is selected must not be dragged
             draw(digit)
             while page.wait_for_timeout(200) or len(answered) < len(asked):
                 pass

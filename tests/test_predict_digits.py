@@ -100,12 +100,16 @@ def test_the_page_is_served_last(predict: Callable, monkeypatch: MonkeyPatch) ->
 
 
 def test_a_bad_picture_stops_no_other(predict: Callable, tmp_path: Path, capsys: CaptureFixture) -> None:
-    Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
+    image = Image.new("L", (50, 50), 255)
+    image.save(tmp_path / "empty.png")
+    ImageDraw.Draw(image).line((25, 10, 25, 40), 0, 4)
+    image.save(long := tmp_path / f"{'a' * 245}.png")  # with what is added to it for --save-prepared, too long
     with raises(SystemExit, match="1"):
-        predict(tmp_path / "empty.png", tmp_path / "none.png")
+        predict(tmp_path / "empty.png", long, tmp_path / "none.png", "--save-prepared", tmp_path)
     output, errors = capsys.readouterr()
-    empty, none = errors.splitlines()
+    empty, unsaved, none = errors.splitlines()
     assert output == ""
+    assert unsaved.startswith(f"predict_digits.py: error: {long}: ") and "name too long" in unsaved
     assert empty.startswith(f"predict_digits.py: error: {tmp_path / 'empty.png'}: no ink in lines")
     assert none.startswith(f"predict_digits.py: error: {tmp_path / 'none.png'}: cannot be read: No such file")
 
