@@ -207,10 +207,11 @@ def test_parts_and_specks() -> None:
 
 
 def test_a_line_of_one_pixel_in_any_column() -> None:
+    blue = np.array([30, 60, 200]) / 255, np.array([250, 240, 220]) / 255
     for left in (40, 41):
-        for paper, ink in ((0, 1), ([0.98, 0.94, 0.86], [0.12, 0.24, 0.78])):
-            page = np.ones((150, 100, 3), np.float32) * np.array(paper, np.float32)
-            page[40:100, left] = ink
+        for ink, paper, height in ((1, 0, 100), (*blue, 150)):
+            page = np.ones((height, 100, 3), np.float32) * np.array(paper, np.float32)
+            page[20:80, left] = ink
             assert prepare_digit(page)[0][6:22].max(1).min() > 200
 
 
