@@ -168,15 +168,16 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 def prepare_to_resume(folder: Path, checkpoint: dict) -> None:
     """Move the files of later epochs out of the way, and see that the best of the others and the log are there."""
-    best, best_epoch = folder / BEST, 0
+    best, best_epoch, done = folder / BEST, 0, checkpoint["epoch"]
     with contextlib.suppress(ScriptError):  # missing or damaged
         best_epoch = load_checkpoint(best)["epoch"]
-    later = [path for epoch, path in reversed(epoch_files(folder).items()) if epoch > checkpoint["epoch"]]
-    later += [best] if best_epoch > checkpoint["epoch"] else []
+    later = [path for epoch, path in [*reversed(epoch_files(folder).items()), (best_epoch, best)] if epoch > done]
     set_aside(folder, [*later, *folder.glob(LOG), *folder.glob(CURVES)] if later else [])
-    if best_epoch != checkpoint["best_epoch"]:
-        with contextlib.suppress(ScriptError):
+    try:
+        if best_epoch != checkpoint["best_epoch"]:
             save_checkpoint(best, load_checkpoint(folder / f"mnist_model_epoch_{checkpoint['best_epoch']}.pth"))
+    except ScriptError as error:
+        print(f"Warning: {best} does not hold the best epoch so far: {error}", file=sys.stderr)
     with contextlib.suppress(ScriptError):
         save_log(folder / LOG, checkpoint["history"])
 

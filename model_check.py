@@ -1,6 +1,7 @@
 """Checks of a model: before it is trained, and when its checkpoint is loaded, because people edit their classes."""
 
 import contextlib
+import itertools
 import re
 import sys
 
@@ -28,9 +29,10 @@ def check_model(name: str, state: dict, images: Tensor, labels: Tensor, batch_si
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ScriptError(f"{name} has nothing to train: no parameters, or none with requires_grad; give it some")
     batch = images[:batch_size]
-    for n in {len(batch), len(images) % batch_size or len(batch)}:  # the last batch of an epoch may be smaller
+    last = len(images) % batch_size or len(batch)  # the last batch of an epoch may be smaller
+    for n in (len(batch), len(batch), last):  # twice because a model may keep something from step to step
         with precision:
-            logits = run(name, model, images[:n], "training")
+            logits = run(name, model, images[:n], "training with --amp" if amp else "training")
         try:
             F.cross_entropy(logits, labels[:n]).backward()
         except Exception as error:  # for example because of an in-place function
@@ -50,9 +52,10 @@ def run(name: str, model: nn.Module, images: Tensor, mode: str) -> Tensor:
     """Return the logits (N, 10) of images (N, 1, 28, 28); raise ScriptError if the model returns anything else."""
     n = len(images)
     try:
-        logits = model(images)
+        logits = model(images.clone())  # which it may change in place
     except Exception as error:  # whatever a user's forward raises
-        remedy = "fix its forward, or choose another --batch-size" if n == 1 else "fix its forward"
+        remedy = "fix its forward" + ", or choose another --batch-size" * (n == 1)
+        remedy += ", or leave out --amp" * mode.endswith("--amp")
         shape = "x".join(map(str, images.shape))
         raise ScriptError(f"{name} fails in {mode} on a {shape} batch: {describe_error(error)}; {remedy}") from error
     is_tensor = isinstance(logits, Tensor) and logits.is_floating_point()
@@ -75,41 +78,43 @@ class ChangedModelError(ScriptError):
 
 def check_states(checkpoint: dict, to_resume: bool) -> None:
     """Raise an exception unless a checkpoint's states are finite and fit its class; warn if that has changed since."""
-    name, remedy = checkpoint["model_name"], "restore the class, give the changed one a new name, or start anew"
+    name, remedy = checkpoint["model_name"], "restore the class, or give the changed one a new name"
+    remedy += ", or start anew without --resume" * to_resume
     try:
         model = build_model(name)
     except ScriptError as error:
-        raise ChangedModelError(f"was trained with {name}, but {error}; {remedy} without --resume") from error
+        raise ChangedModelError(f"was trained with {name}, but {error}; {remedy}") from error
     change = describe_change(checkpoint.get("architecture", ""), str(model))
     try:
         model.load_state_dict(checkpoint["model_state_dict"])
-    except RuntimeError as error:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+    except (RuntimeError, ValueError) as error:
         reason = change or " ".join(str(error).split())
-        raise ChangedModelError(f"was trained with another {name}: {reason}; {remedy} without --resume") from error
+        raise ChangedModelError(f"was trained with another {name}: {reason}; {remedy}") from error
     if change and to_resume:
         warn(name, f"has changed since this run was started: {change}")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     momenta = [(p, m) for p, state in optimizer.state.items() for m in state.values() if isinstance(m, Tensor)]
     if any(momentum.shape != parameter.shape for parameter, momentum in momenta):
         raise ValueError("its optimizer is another model's")
-    tensors = [*model.parameters(), *(momentum for _, momentum in momenta if not momentum.is_sparse)]
-    if not all(tensor.isfinite().all() for tensor in tensors):  # a buffer may hold infinities, as a mask does
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # a mask may be infinite
+    tensors = [*trained, *(momentum for _, momentum in momenta if not momentum.is_sparse)]
+    if not all(tensor.isfinite().all() for tensor in tensors):
         raise ValueError("a weight or a momentum in it is not finite")
 
 
 def describe_change(before: str, now: str) -> str:
     """Return the first layer that differs between two models, given as str(model); nothing if `before` is empty."""
-    old, new = layers_of(before), layers_of(now)
-    different = [name for name in [*old, *new] if old.get(name) != new.get(name)] if before else []
-    return "".join(f"{name} was {old.get(name, 'missing')} and is {new.get(name, 'missing')}" for name in different[:1])
+    pairs = itertools.zip_longest(layers_of(before), layers_of(now), fillvalue="nothing") if before else ()
+    # A lazy layer has another name once it knows its shape
+    return next((f"{old} is now {new}" for old, new in pairs if old != new and "Lazy" not in new), "")
 
 
-def layers_of(architecture: str) -> dict[str, str]:
-    """Return the lines of str(model) by the full names of their modules."""
+def layers_of(architecture: str) -> list[str]:
+    """Return the lines of str(model) with the full names of their modules."""
     path: list[str] = []
-    layers = {}
+    layers = []
     for indent, name, layer in re.findall(r"^((?:  )+)\((.+?)\): (.+?)\(?$", architecture, re.MULTILINE):
         path[len(indent) // 2 - 1 :] = [name]
-        layers[".".join(path)] = layer
+        layers.append(f"{'.'.join(path)}: {layer}")
     return layers

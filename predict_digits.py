@@ -41,7 +41,7 @@ from utils import ScriptError, describe_error, device_type, make_folder, number_
 def predict(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
     """Return the logits (N, 10) of normalised images (N, 1, 28, 28); raise ScriptError if the model fails on them."""
     try:
-        logits = torch.cat([model(batch) for batch in images.split(batch_size)])
+        logits = torch.cat([model(batch.clone()) for batch in images.split(batch_size)])
         if logits.shape != (len(images), 10) or not logits.isfinite().all():
             raise ValueError("it does not return ten finite numbers for each")
         return logits

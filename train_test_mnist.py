@@ -93,7 +93,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) 
     Raises FloatingPointError if the loss is NaN or infinite.
     """
     model.eval()
-    logits = torch.cat([model(batch) for batch in images.split(batch_size)])  # (N, 10)
+    logits = torch.cat([model(batch.clone()) for batch in images.split(batch_size)])  # (N, 10); it may change its input
     loss = F.cross_entropy(logits, labels).item()
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss in evaluation is {loss}")
@@ -123,9 +123,6 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
     download_mnist(args.data_dir)
     train_set, test_set = (load_mnist(args.data_dir, train, args.device) for train in (True, False))
     train_set, val_set = hold_out(*train_set, args.val_size) if args.val_size else (train_set, None)
-    if args.dry_run:  # one batch of each
-        train_set = [tensor[: args.batch_size] for tensor in train_set]
-        val_set, test_set = ([tensor[: args.test_batch_size] for tensor in each or ()] for each in (val_set, test_set))
     torch.manual_seed(args.seed)
     model = build_model(args.model).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
@@ -134,8 +131,11 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
         print(f"Going on from {args.resume}")
     elif args.init_from != "none":
-        model.load_state_dict(checkpoints.load_weights(Path(args.init_from).expanduser(), args.model))
+        model.load_state_dict(checkpoints.load_weights(Path(args.init_from), args.model))
     check_model(args.model, model.state_dict(), *train_set, args.batch_size, args.amp)
+    if args.dry_run:  # one batch of each
+        train_set = [tensor[: args.batch_size] for tensor in train_set]
+        val_set, test_set = ([tensor[: args.test_batch_size] for tensor in each or ()] for each in (val_set, test_set))
     scheduler = None
     if args.lr_scheduler == "onecyclelr":
         n = math.ceil(len(train_set[0]) / args.batch_size)  # steps in an epoch
@@ -201,13 +201,15 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         raise ScriptError(f"epoch {epoch}: {error}; {last}; try a lower --lr") from error
     except KeyboardInterrupt as interrupt:
         last_path = path if path and path.exists() else last_path  # the interrupt may have come just after a save
-        go_on = ["python", "train_test_mnist.py", "--resume", last_path.as_posix()] if last_path else []
-        interrupt.advice = f"to go on: {shlex.join(go_on)}" if go_on else "nothing was saved yet"
+        go_on = last_path and f"to go on: python train_test_mnist.py --resume {shlex.quote(last_path.as_posix())}"
+        interrupt.advice = go_on or "nothing was saved yet"
         raise
 
-    print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %, saved as {best_path}")
+    path = best_path if best_path.exists() else last_path  # the best may have stayed in another folder
+    saved = f", saved as {path}" if path == best_path else ""
+    print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %{saved}")
     print(f"Last: epoch {epoch}, test accuracy {test_accuracy:.2f} %, saved as {last_path}")
-    print("Next: python predict_digits.py --test-set --draw --checkpoint", shlex.quote(best_path.as_posix()))
+    print("Next: python predict_digits.py --test-set --draw --checkpoint", shlex.quote(path.as_posix()))
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
@@ -264,13 +266,14 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     add_stored("--augment", False, "rotate, shear, scale and shift training images at random", action="store_true")
     add_stored("--amp", False, "compute in bfloat16 where that suffices; tests use float32", action="store_true")
     add_stored("--val-size", 0, "training images held out (default: %(default)s)", type=number_type(int, 0, 50001))
-    add_stored("--init-from", "none", "checkpoint whose weights a new run starts with (default: none)", metavar="FILE")
+    file = {"metavar": "FILE", "type": lambda text: str(path_type(text))}
+    add_stored("--init-from", "none", "checkpoint whose weights a new run starts with (default: none)", **file)
     add_stored("--seed", 1, "of all randomness (default: %(default)s)", type=number_type(int, 0, 2**32))
     add("--test-batch-size", default=250, type=count, help="test images at once (default: %(default)s)")
     add("--device", default="auto", type=device_type, help="auto, cpu, cuda, mps, xpu (default: %(default)s)")
     add("--data-dir", default="data", type=path_type, help="holds MNIST/raw (default: %(default)s)")
     add_stored("--checkpoint-dir", Path("model_checkpoints"), "holds *.pth (default: %(default)s)", type=path_type)
-    add("--resume", nargs="?", const="newest", metavar="FILE", help="go on from a checkpoint (default: the newest)")
+    add("--resume", nargs="?", const=True, metavar="FILE", type=path_type, help="go on from it (default: newest)")
     add("--deterministic", action="store_true", help="let a GPU, too, give the same result every time")
     add("--log-interval", default=10, type=count, help="steps between updates of the bar (default: %(default)s)")
     add("--plot", action="store_true", help=f"draw {checkpoints.CURVES} after every epoch; needs matplotlib")
@@ -278,18 +281,16 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     given, checkpoint = vars(parser.parse_args()), None
     options = defaults | given
     if given["resume"] is not None:
-        path = Path(given["resume"]).expanduser()
-        if given["resume"] == "newest":
+        if given["resume"] is True:  # it names no file
             path, checkpoint = checkpoints.find_newest_checkpoint(options["checkpoint_dir"])
         else:
-            checkpoint = checkpoints.load_checkpoint(path, to_resume=True)
+            path, checkpoint = given["resume"], checkpoints.load_checkpoint(given["resume"], to_resume=True)
         stored = defaults | checkpoint | {"model": checkpoint["model_name"], "checkpoint_dir": path.parent}
         for name in defaults.keys() & given:
-            may_change = name == "epochs" and stored["lr_scheduler"] == "constant"
-            if given[name] != stored[name] and not may_change:
+            if given[name] != stored[name] and (name != "epochs" or stored["lr_scheduler"] != "constant"):
                 option = f"--{name.replace('_', '-')} {given[name]}"
-                new_run = f"or start a new run from its weights with --init-from {path}"
-                parser.error(f"{option} contradicts {path}, whose run has {stored[name]}; leave it out, {new_run}")
+                new_run = "" if name == "model" else f", or start a new run with --init-from {shlex.quote(str(path))}"
+                parser.error(f"{option} contradicts {path}, whose run has {stored[name]}; leave it out{new_run}")
         options = {name: stored[name] for name in defaults} | given | {"resume": path}
     if given["plot"]:
         pictures.require_matplotlib()

@@ -147,7 +147,10 @@ def path_type(text: str) -> Path:
     """Return a path for argparse; ~ is the user's home."""
     if not text:
         raise ArgumentTypeError("the path is empty; name a file or folder")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ArgumentTypeError(f"there is no home folder for '{text}'; name another path") from error
 
 
 def device_type(name: str) -> "torch.device":

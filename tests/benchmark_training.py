@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from download_mnist import download_mnist, load_mnist  # noqa: E402 - found through the line above
-from models import build_model, find_model_name  # noqa: E402
+from models import build_model, find_model_name, model_classes  # noqa: E402
 from train_test_mnist import evaluate, train_one_epoch  # noqa: E402
 from utils import default_batch_size, device_type, keep_freed_memory, number_type, run_script  # noqa: E402
 
@@ -187,7 +187,8 @@ def main() -> None:
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, count = parser.add_argument, number_type(int, 1)
-    add("--model", default="Model5", help="a class of models.py, or all (default: %(default)s)")
+    names = [*model_classes(), "all"]
+    add("--model", default="Model5", type=find_model_name, choices=names, help="class (default: %(default)s)")
     add("--device", default="cpu", type=device_type, help="cpu or cuda (default: %(default)s)")
     add("--rounds", default=5, type=count, help="turns of each variant (default: %(default)s)")
     add("--steps", default=100, type=count, help="training steps a turn (default: %(default)s)")
@@ -198,7 +199,7 @@ def main() -> None:
     cpu = f"{platform.machine()}, {' and '.join(bfloat16_instructions()) or 'no'} bfloat16 instructions"
     hardware = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else cpu
     print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for name in ["Model1", "Model2", "Model5"] if args.model == "all" else [find_model_name(args.model)]:
+    for name in ["Model1", "Model2", "Model5"] if args.model == "all" else [args.model]:
         rows = measure((name, batch_size, args.device, args.data_dir), args.rounds, args.steps)
         print(f"{f'{name}, batches of {batch_size}':22}     step, ms   epoch, s   speed")
         for variant, step, epoch, ratio in rows:

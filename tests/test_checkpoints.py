@@ -106,9 +106,28 @@ def test_a_contradiction(given: str, stored: object, train: Callable, folder: Pa
     with raises(SystemExit, match="2"):
         train(folder, "--resume", folder / FOUR, *given.split())
     (error,) = capsys.readouterr().err.splitlines()
-    message = f"{given}( True)? contradicts {folder / FOUR}, whose run has {stored}; leave it out, or .* --init-from "
+    message = (
+        f"{given}( True)? contradicts {folder / FOUR}, whose run has {stored}; leave it out(, or .* --init-from |$)"
+    )
     assert re.search(message, error)
     assert contents(folder) == before
+
+
+def test_only_the_newest_file_is_moved(
+    train: Callable, tmp_path: Path, accuracies: list[float], capsys: CaptureFixture
+) -> None:
+    accuracies += [50, 90, 80, 70]
+    train(tmp_path / "old", "--epochs", 3)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old" / THREE).rename(tmp_path / "new" / THREE)
+    lines = train(tmp_path / "new", "--resume", "--epochs", 4).splitlines()
+    assert lines[-3:-1] == [
+        "Best: epoch 2, test accuracy 90.00 %",
+        f"Last: epoch 4, test accuracy 70.00 %, saved as {tmp_path / 'new' / FOUR}",
+    ]
+    assert lines[-1].endswith(f"--checkpoint {tmp_path / 'new' / FOUR}")
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"Warning: {tmp_path / 'new' / BEST} does not hold the best epoch so far: ")
 
 
 def test_resume_takes_the_newest_intact_file(train: Callable, folder: Path, capsys: CaptureFixture) -> None:
@@ -378,6 +397,7 @@ class Unusual(torch.nn.Module):
         super().__init__()
         self.pixels, self.extra = torch.nn.Embedding(256, 10, sparse=True), {"steps": 3}
         self.register_buffer("mask", torch.full((3,), -torch.inf))
+        self.frozen = torch.nn.Parameter(self.mask.clone(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pixels((100 * x + 50).clamp(0, 255).long().flatten(1)).mean(1)

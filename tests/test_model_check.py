@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import models
 from checkpoints import load_checkpoint
-from model_check import check_model
+from model_check import check_model, describe_change
 from models import build_model
 from utils import ScriptError
 
@@ -51,6 +51,11 @@ def check(monkeypatch: MonkeyPatch, model_class: type[nn.Module], count: int = 8
     check_model("Own", build_model("Own").state_dict(), images, labels, batch_size=4)
 
 
+def keep_output(layer: nn.Module, x: Tensor) -> Tensor:
+    layer.kept = layer(x.flatten(1)) + getattr(layer, "kept", 0)
+    return layer.kept
+
+
 FLAT = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 REFUSED = {
     "no parameters": (of_layers(nn.Flatten()), "has nothing to train: no parameters"),
@@ -63,6 +68,7 @@ REFUSED = {
     "three channels": (of_layers(nn.Conv2d(3, 10, 28), nn.Flatten()), "fails in training on a 4x1x28x28 batch: .*3 ch"),
     "float64": (of_layers(nn.Flatten(), nn.Linear(784, 10).double()), "fails in training .*dtype"),
     "NaN": (model(lambda layer, x: layer(x.flatten(1)) / 0 * 0), "returns NaN or infinity before any training"),
+    "keeps its graph": (model(keep_output), "cannot be trained: .*second time"),
     "in place": (model(lambda layer, x: layer(x.flatten(1)).exp().mul_(2)), "cannot be trained: .*inplace"),
     "constructor": (Raising, "cannot be built: .*no luck; fix its constructor"),
 }
@@ -74,11 +80,25 @@ def test_refused(model_class: type[nn.Module], message: str, monkeypatch: Monkey
         check(monkeypatch, model_class)
 
 
-def test_a_last_batch_of_one_image(monkeypatch: MonkeyPatch) -> None:
+def test_a_last_batch_of_one_image(train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     normalised = of_layers(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
     check(monkeypatch, normalised, count=8)
     with raises(ScriptError, match=r"fails in training on a 1x1x28x28 batch: .* or choose another --batch-size$"):
         check(monkeypatch, normalised, count=9)
+
+    with raises(ScriptError, match="fails in training on a 1x1x28x28 batch"):
+        train(tmp_path, "--dry-run", "--batch-size", 199)
+
+
+def test_what_bfloat16_does_not_fit(monkeypatch: MonkeyPatch) -> None:
+    def add(layer: nn.Module, x: Tensor) -> Tensor:
+        return torch.zeros(len(x), 10).index_add(0, torch.arange(len(x)), layer(x.flatten(1)))
+
+    monkeypatch.setattr(models, "model_classes", lambda: {"Own": model(add)})
+    data = torch.randn(4, 1, 28, 28), torch.arange(4)
+    check_model("Own", build_model("Own").state_dict(), *data, batch_size=4)
+    with raises(ScriptError, match=r"^Own fails in training with --amp on .*; fix its forward, or leave out --amp$"):
+        check_model("Own", build_model("Own").state_dict(), *data, batch_size=4, amp=True)
 
 
 WARNED = {
@@ -93,6 +113,11 @@ def test_warned(model_class: type, message: str, monkeypatch: MonkeyPatch, capsy
     check(monkeypatch, model_class)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"Warning: Own {message}")
+
+
+def test_an_input_changed_in_place(monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    check(monkeypatch, model(lambda layer, x: layer(x.mul_(2).flatten(1))))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["Model1", "Model2", "Model5"])
@@ -143,12 +168,12 @@ def test_a_changed_class(trained: tuple[Path, str], train: Callable, monkeypatch
     folder = trained[0]
     path, remedy = (
         folder / "mnist_model_epoch_4.pth",
-        "restore the class, give the changed one a new name, or start anew",
+        "restore the class, or give the changed one a new name, or start anew",
     )
     changed = changed_model5("input_block", 0, nn.Conv2d(1, 6, 3))
     monkeypatch.setattr(models, "model_classes", lambda: {"Model5": changed})
     was = re.escape(
-        "input_block.0 was Conv2d(1, 6, kernel_size=(3, 3), stride=(1, 1), bias=False) and is Conv2d(1, 6, "
+        "input_block.0: Conv2d(1, 6, kernel_size=(3, 3), stride=(1, 1), bias=False) is now input_block.0: Conv2d(1, 6, "
     )
     for options in (["--resume"], ["--resume", path]):  # one message, though there are four files
         with raises(
@@ -168,8 +193,34 @@ def test_a_changed_class_that_fits(trained: tuple[Path, str], monkeypatch: Monke
     load_checkpoint(path)  # to analyze it, say
     assert capsys.readouterr().err == ""
     load_checkpoint(path, to_resume=True)
-    change = "transition_block.2 was Dropout(p=0.1, inplace=False) and is Identity()"
+    change = "transition_block.2: Dropout(p=0.1, inplace=False) is now transition_block.2: Identity()"
     assert capsys.readouterr().err == f"Warning: Model5 has changed since this run was started: {change}\n"
+
+
+def test_parameters_that_became_buffers(trained: tuple[Path, str], monkeypatch: MonkeyPatch) -> None:
+    def build(self: nn.Module) -> None:
+        models.Model5.__init__(self)
+        weight = self.input_block[0]._parameters.pop("weight")
+        self.input_block[0].register_buffer("weight", weight.detach())
+
+    monkeypatch.setattr(
+        models, "model_classes", lambda: {"Model5": type("Model5", (models.Model5,), {"__init__": build})}
+    )
+    with raises(ScriptError, match=r"was trained with another Model5: .*; restore the class, or give .* a new name$"):
+        load_checkpoint(trained[0] / "mnist_model_epoch_4.pth")
+
+
+def test_what_has_changed() -> None:
+    two, swapped = nn.Sequential(), nn.Sequential()
+    for model, names in ((two, "ab"), (swapped, "ba")):
+        for name in names:
+            model.add_module(name, {"a": nn.ReLU(), "b": nn.Tanh()}[name])
+    assert describe_change(str(two), str(swapped)) == "a: ReLU() is now b: Tanh()"
+    assert describe_change(str(two[:1]), str(two)) == "nothing is now b: Tanh()"
+    assert describe_change("", str(two)) == describe_change(str(two), str(two)) == ""
+    known, unknown = nn.Sequential(nn.LazyLinear(3)), nn.Sequential(nn.LazyLinear(3))
+    known(torch.ones(1, 2))
+    assert describe_change(str(known), str(unknown)) == ""
 
 
 def test_a_new_run_from_old_weights(trained: tuple[Path, str], train: Callable, tmp_path: Path) -> None:

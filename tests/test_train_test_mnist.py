@@ -231,6 +231,9 @@ class TestTraining:
         logits = model.eval()(images)
         assert loss == approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
         assert (loss, accuracy) == tt.evaluate(model, images, labels, batch_size=7)  # no dropout, no new statistics
+        clearing = nn.Sequential(nn.Threshold(1e9, 0, inplace=True), nn.Flatten(), nn.Linear(784, 10))
+        tt.evaluate(clearing, images, labels, batch_size=7)
+        assert images.any()
         assert tt.evaluate(Counter(), images, labels, batch_size=7)[1] == 80
 
     def test_each_option_changes_the_training(self, train: Callable, tmp_path: Path) -> None:

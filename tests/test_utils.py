@@ -193,6 +193,8 @@ def test_paths(monkeypatch: MonkeyPatch) -> None:
     assert path_type("~/runs") == Path("/home/me/runs")
     with raises(ArgumentTypeError, match="empty"):
         path_type("")
+    with raises(ArgumentTypeError, match=r"^there is no home folder for '~nobody-here/a'; name another path$"):
+        path_type("~nobody-here/a")
 
 
 def test_a_mistake_in_the_syntax_of_models(tmp_path: Path) -> None:
