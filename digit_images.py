@@ -142,7 +142,7 @@ def choose_shapes(labels: np.ndarray) -> tuple[np.ndarray, str]:
     for shape in shapes[1:]:
         both = (columns & shape.any(0)).sum()
         if shape.sum() > 0.3 * shapes[0].sum() and both < 0.2 * min(columns.sum(), shape.any(0).sum()):
-            doubt = "unsure: several shapes of like size"
+            doubt = "unsure: several shapes of similar size"
         elif (near & shape).any():  # a part, such as a 5's bar
             digit = digit | shape
     if digit[[0, -1]].any(1).all() or digit[:, [0, -1]].any(0).all():

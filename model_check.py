@@ -52,7 +52,7 @@ def run(name: str, model: nn.Module, images: Tensor, mode: str) -> Tensor:
     """Return the logits (N, 10) of images (N, 1, 28, 28); raise ScriptError if the model returns anything else."""
     n = len(images)
     try:
-        logits = model(images.clone())  # which it may change in place
+        logits = model(images.clone())  # because it may change its input in place
     except Exception as error:  # whatever a user's forward raises
         remedy = "fix its forward" + ", or choose another --batch-size" * (n == 1)
         remedy += ", or leave out --amp" * mode.endswith("--amp")

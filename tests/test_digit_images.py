@@ -185,7 +185,7 @@ def test_empty_page(options: dict, tmp_path: Path) -> None:
 def test_two_digits(real_data: Path, tmp_path: Path) -> None:
     digits, _ = load_digits(real_data, PICTURES + 1)
     doubts = [prepare(tmp_path, n, *digits[n : n + 2], part=0.35)[1] for n in range(PICTURES)]
-    assert doubts.count("unsure: several shapes of like size") >= 0.8 * PICTURES
+    assert doubts.count("unsure: several shapes of similar size") >= 0.8 * PICTURES
 
 
 def test_other_peoples_digits(read: Callable) -> None:

@@ -85,7 +85,6 @@ def test_a_last_batch_of_one_image(train: Callable, tmp_path: Path, monkeypatch:
     check(monkeypatch, normalised, count=8)
     with raises(ScriptError, match=r"fails in training on a 1x1x28x28 batch: .* or choose another --batch-size$"):
         check(monkeypatch, normalised, count=9)
-
     with raises(ScriptError, match="fails in training on a 1x1x28x28 batch"):
         train(tmp_path, "--dry-run", "--batch-size", 199)
 
