@@ -271,9 +271,8 @@ def format_fields(analysis: Analysis) -> list[str]:
     left_out, reasons = set(), []
     for layer in analysis.layers:
         for field in layer.fields:
-            axes = [dataclasses.astuple(field[name]) for name in ("height", "width")]
-            pairs = [["-" if n is None else str(n) for n in pair] for pair in zip(*axes, strict=True)]
-            cells = [h if h == w else f"{h}x{w}" for h, w in pairs]
+            axes = [["-" if n is None else str(n) for n in dataclasses.astuple(axis)] for axis in field.values()]
+            cells = [h if h == w else f"{h}x{w}" for h, w in zip(*axes, strict=True)]
             rows.append([layer.name, layer.type, *cells, f"{field['height'].r_out}x{field['width'].r_out}"])
         if layer.unknown:
             rows.append([layer.name, layer.type, *"?" * 13])
@@ -351,9 +350,10 @@ def main() -> None:
     analyses, problems = {}, []
     for name in names:
         model = build_model(name).to(args.device)
-        module_maps(model, torch.zeros(1, 1, *args.input_size, device=args.device))  # gives lazy layers their shapes
-        if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
-            raise ScriptError(f"{name} has lazy layers that no image reaches: train it with --dry-run to see why")
+        if any(map(is_lazy, tensors := [*model.parameters(), *model.buffers()])):
+            module_maps(model, torch.zeros(1, 1, *args.input_size, device=args.device))  # gives them their shapes
+            if any(map(is_lazy, tensors)):
+                raise ScriptError(f"{name} has lazy layers that no image reaches: train it with --dry-run to see why")
         if checkpoint:
             model.load_state_dict(checkpoint["model_state_dict"])
         analysis = analyze(model, tuple(args.input_size), args.batch_size, args.verify)

@@ -93,7 +93,8 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) 
     Raises FloatingPointError if the loss is NaN or infinite.
     """
     model.eval()
-    logits = torch.cat([model(batch.clone()) for batch in images.split(batch_size)])  # (N, 10); it may change its input
+    batches = (batch.clone() for batch in images.split(batch_size))  # because a model may change its input in place
+    logits = torch.cat([model(batch) for batch in batches])  # (N, 10)
     loss = F.cross_entropy(logits, labels).item()
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss in evaluation is {loss}")
@@ -201,8 +202,8 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         raise ScriptError(f"epoch {epoch}: {error}; {last}; try a lower --lr") from error
     except KeyboardInterrupt as interrupt:
         last_path = path if path and path.exists() else last_path  # the interrupt may have come just after a save
-        go_on = last_path and f"to go on: python train_test_mnist.py --resume {shlex.quote(last_path.as_posix())}"
-        interrupt.advice = go_on or "nothing was saved yet"
+        command = f"python train_test_mnist.py --resume {shlex.quote(last_path.as_posix())}" if last_path else ""
+        interrupt.advice = f"to go on: {command}" if command else "nothing was saved yet"
         raise
 
     path = best_path if best_path.exists() else last_path  # the best may have stayed in another folder
@@ -273,7 +274,7 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     add("--device", default="auto", type=device_type, help="auto, cpu, cuda, mps, xpu (default: %(default)s)")
     add("--data-dir", default="data", type=path_type, help="holds MNIST/raw (default: %(default)s)")
     add_stored("--checkpoint-dir", Path("model_checkpoints"), "holds *.pth (default: %(default)s)", type=path_type)
-    add("--resume", nargs="?", const=True, metavar="FILE", type=path_type, help="go on from it (default: newest)")
+    add("--resume", nargs="?", const=True, metavar="FILE", type=path_type, help="go on from FILE (default: newest)")
     add("--deterministic", action="store_true", help="let a GPU, too, give the same result every time")
     add("--log-interval", default=10, type=count, help="steps between updates of the bar (default: %(default)s)")
     add("--plot", action="store_true", help=f"draw {checkpoints.CURVES} after every epoch; needs matplotlib")
