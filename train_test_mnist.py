@@ -24,6 +24,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,27 @@ from tqdm import tqdm
 
 import checkpoints
 import pictures
+from cuda_graph import graphed
 from download_mnist import download_mnist, hold_out, load_mnist
 from model_check import check_model
 from models import build_model, default_model_name, find_model_name, model_classes
 from utils import ScriptError, default_batch_size, device_type, keep_freed_memory, number_type, path_type, run_script
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, amp: bool
+) -> tuple[Tensor, Tensor]:
+    """Update the model on one batch; return its loss and number of correct answers, on the device.
+
+    `images` are (N, 1, 28, 28), `labels` (N,). `amp`: compute in bfloat16 where it suffices.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16) if amp else contextlib.nullcontext():
+        logits = model(images)  # (N, 10)
+        loss = F.cross_entropy(logits, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), (logits.argmax(1) == labels).sum()
 
 
 def train_one_epoch(
@@ -49,9 +67,10 @@ def train_one_epoch(
     labels: Tensor,
     batch_size: int,
     augmented: bool = False,
-    amp: bool = False,  # bfloat16 where it suffices, in forward and loss
+    amp: bool = False,
     log_interval: int = 10,
     description: str = "",
+    step: Callable[..., tuple[Tensor, Tensor]] = train_step,
 ) -> tuple[float, float]:
     """Train once on all images (N, 1, 28, 28) with labels (N,) in random order, the last short batch included.
 
@@ -66,16 +85,11 @@ def train_one_epoch(
         for number, batch in enumerate(bar, 1):
             inputs, targets = images[batch], labels[batch]
             inputs = augment(inputs) if augmented else inputs
-            with torch.autocast(inputs.device.type, torch.bfloat16) if amp else contextlib.nullcontext():
-                logits = model(inputs)  # (batch, 10)
-                loss = F.cross_entropy(logits, targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss, correct = step(model, optimizer, inputs, targets, amp)
             if scheduler:
                 scheduler.step()
-            totals[0] += loss.detach() * len(batch)
-            totals[1] += (logits.argmax(1) == targets).sum()
+            totals[0] += loss * len(batch)
+            totals[1] += correct
             if number % log_interval == 0 or number == len(batches):
                 total_loss, correct = totals.tolist()  # makes the CPU wait for the GPU, so not in every step
                 seen = min(number * batch_size, len(images))
@@ -121,6 +135,10 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     keep_freed_memory()
+    step = train_step
+    if args.device.type == "cuda" and hasattr(torch.Generator, "clone_state"):  # torch 2.4 or newer
+        torch.cuda.set_stream(torch.cuda.Stream(args.device))  # because the default one cannot be recorded
+        step = graphed(train_step, args.batch_size)
     download_mnist(args.data_dir)
     train_set, test_set = (load_mnist(args.data_dir, train, args.device) for train in (True, False))
     train_set, val_set = hold_out(*train_set, args.val_size) if args.val_size else (train_set, None)
@@ -150,7 +168,7 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
         for epoch in range(done + 1, args.epochs + 1):
             seed_epoch(args.seed, epoch)
             start, lr, title = time.perf_counter(), optimizer.param_groups[0]["lr"], f"epoch {epoch}/{args.epochs}"
-            options = args.batch_size, args.augment, args.amp, args.log_interval, title
+            options = args.batch_size, args.augment, args.amp, args.log_interval, title, step
             train_loss, train_accuracy = train_one_epoch(model, optimizer, scheduler, *train_set, *options)
             val_loss, val_accuracy = evaluate(model, *val_set, args.test_batch_size) if val_set else (None, None)
             test_loss, test_accuracy = evaluate(model, *test_set, args.test_batch_size)
@@ -270,7 +288,7 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     file = {"metavar": "FILE", "type": lambda text: str(path_type(text))}
     add_stored("--init-from", "none", "checkpoint whose weights a new run starts with (default: none)", **file)
     add_stored("--seed", 1, "of all randomness (default: %(default)s)", type=number_type(int, 0, 2**32))
-    add("--test-batch-size", default=250, type=count, help="test images at once (default: %(default)s)")
+    add("--test-batch-size", type=count, help="test images at once (default: 2500 on a GPU, 250 on a CPU)")
     add("--device", default="auto", type=device_type, help="auto, cpu, cuda, mps, xpu (default: %(default)s)")
     add("--data-dir", default="data", type=path_type, help="holds MNIST/raw (default: %(default)s)")
     add_stored("--checkpoint-dir", Path("model_checkpoints"), "holds *.pth (default: %(default)s)", type=path_type)
@@ -296,6 +314,7 @@ def parse_args() -> tuple[argparse.Namespace, dict, dict | None]:
     if given["plot"]:
         pictures.require_matplotlib()
     options["batch_size"] = options["batch_size"] or default_batch_size(options["device"])
+    options["test_batch_size"] = options["test_batch_size"] or (250 if options["device"].type == "cpu" else 2500)
     recipe = {name: options[name] for name in defaults if name not in ("model", "checkpoint_dir")}
     return argparse.Namespace(**options), recipe, checkpoint
 

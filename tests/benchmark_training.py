@@ -29,9 +29,10 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from cuda_graph import graphed  # noqa: E402
 from download_mnist import download_mnist, load_mnist  # noqa: E402 - found through the line above
 from models import build_model, find_model_name, model_classes  # noqa: E402
-from train_test_mnist import evaluate, train_one_epoch  # noqa: E402
+from train_test_mnist import evaluate, train_one_epoch, train_step  # noqa: E402
 from utils import default_batch_size, device_type, keep_freed_memory, number_type, run_script  # noqa: E402
 
 TRAIN_IMAGES, TEST_IMAGES, TEST_BATCH = 60000, 10000, 250
@@ -91,21 +92,26 @@ def classic_loop(name: str, batch_size: int, device: torch.device, data_dir: Pat
 
 
 def this_repository(
-    name: str, batch_size: int, device: torch.device, data_dir: Path, amp: bool = False
+    name: str, batch_size: int, device: torch.device, data_dir: Path, amp: bool = False, graph: bool = True
 ) -> tuple[Work, Work]:
     """train_one_epoch and evaluate as train_test_mnist.py calls them."""
     keep_freed_memory()
+    step, test_batch = train_step, TEST_BATCH
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+        if graph:
+            step, test_batch = graphed(train_step, batch_size), 2500
     images, labels = load_mnist(data_dir, train=True, device=device)
     test_images, test_labels = load_mnist(data_dir, train=False, device=device)
     model, optimizer = new_model(name, device)
 
     def train(steps: int) -> None:
         count = steps * batch_size
-        train_one_epoch(model, optimizer, None, images[:count], labels[:count], batch_size, amp=amp)
+        train_one_epoch(model, optimizer, None, images[:count], labels[:count], batch_size, amp=amp, step=step)
 
     def test(batches: int) -> None:
         count = batches * TEST_BATCH
-        evaluate(model, test_images[:count], test_labels[:count], TEST_BATCH)
+        evaluate(model, test_images[:count], test_labels[:count], test_batch)
 
     return train, test
 
@@ -113,6 +119,11 @@ def this_repository(
 def with_amp(*setting: object) -> tuple[Work, Work]:
     """this_repository with --amp."""
     return this_repository(*setting, amp=True)
+
+
+def without_graph(*setting: object) -> tuple[Work, Work]:
+    """this_repository, but each step launched from Python, and tests in small batches."""
+    return this_repository(*setting, graph=False)
 
 
 def compute_only(name: str, batch_size: int, device: torch.device, data_dir: Path) -> tuple[Work, Work]:
@@ -152,7 +163,8 @@ def measure(setting: Setting, rounds: int, steps: int) -> list[tuple[str, float,
     """Return each variant's name, seconds a training step, seconds an epoch, and speed in classic loops."""
     context, connections = multiprocessing.get_context("spawn"), {}
     amp = [with_amp] if setting[2].type != "cpu" or bfloat16_instructions() else []  # else it takes minutes
-    for prepare in (classic_loop, this_repository, *amp, compute_only):
+    plain = [without_graph] if setting[2].type == "cuda" else []
+    for prepare in (classic_loop, *plain, this_repository, *amp, compute_only):
         connections[prepare.__name__], theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, prepare, setting), daemon=True).start()
         theirs.close()  # so that a process that dies is noticed

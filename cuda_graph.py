@@ -1,0 +1,77 @@
+"""The training step as a CUDA graph: one launch from Python in place of a hundred."""
+
+import random
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from utils import describe_error
+
+
+def graphed(step: Callable, batch_size: int) -> Callable:
+    """Return a function like `step` that records the third step on a GPU and replays it afterwards.
+
+    Call it as step(model, optimizer, images, labels, amp), on one model and not on CUDA's default
+    stream. The tensors that it returns hold until the next call. Batches of another size are not
+    replayed; none is if the model cannot be recorded, and a line on standard error says why.
+    """
+    warm_up = 3  # steps in which cuDNN and the allocator settle
+    replay = None
+
+    def graphed_step(model, optimizer, images, labels, amp):
+        nonlocal batch_size, warm_up, replay
+        if len(images) != batch_size:
+            return step(model, optimizer, images, labels, amp)
+        if replay:
+            return replay(images, labels)
+
+        before = random_states()
+        result = step(model, optimizer, images, labels, amp)
+        warm_up -= 1
+        generator = torch.cuda.default_generators[images.device.index]
+        state = generator.clone_state()
+        try:
+            if random_states() != before:
+                raise RuntimeError("it draws random numbers on the CPU")
+            if warm_up == 0:
+                replay = record(step, model, optimizer, images, labels, amp)
+        except RuntimeError as error:
+            generator.graphsafe_set_state(state)  # a recording that failed has not ended for it
+            reason = describe_error(error.__context__ or error)
+            print(f"Note: no CUDA graph, so training takes longer: {reason}", file=sys.stderr)
+            batch_size = None
+        return result
+
+    return graphed_step
+
+
+def record(step: Callable, model, optimizer, images, labels, amp) -> Callable:
+    """Return a function of images and labels that repeats the step on them.
+
+    Raises RuntimeError if the model waits for the GPU.
+    """
+    inputs, targets = images.clone(), labels.clone()
+    no_update = SimpleNamespace(zero_grad=optimizer.zero_grad, step=lambda: None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step(model, no_update, inputs, targets, amp)
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+
+    def replay(images, labels):
+        inputs.copy_(images)
+        targets.copy_(labels)
+        graph.replay()
+        for parameter, gradient in gradients:  # because a step that was not replayed left its own
+            parameter.grad = gradient
+        optimizer.step()  # not recorded because its learning rate may change
+        return result
+
+    return replay
+
+
+def random_states():
+    """Return what changes when Python, NumPy or torch draws random numbers on the CPU."""
+    return random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()
