@@ -42,7 +42,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     try:
         unpack(data)
     except pickle.UnpicklingError as error:
-        raise ScriptError(f"cannot save {path}: the model's state holds {NOT_PLAIN}; see get_extra_state") from error
+        raise ScriptError(
+            f"cannot save {path}: the model's state holds {NOT_PLAIN}; see get_extra_state"
+        ) from error
     write_file(path, data)
 
 
@@ -71,7 +73,9 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
     try:
         data = path.read_bytes()
         archive = zipfile.ZipFile(io.BytesIO(data))
-        if archive.testzip() or any(part.external_attr & 0x10 for part in archive.infolist()):  # torch skips folders
+        if archive.testzip() or any(
+            part.external_attr & 0x10 for part in archive.infolist()
+        ):  # torch skips folders
             raise ValueError("it is damaged")
         checkpoint = unpack(data)
         states = ["model_name", "model_state_dict", "optimizer_state_dict"]
@@ -91,10 +95,16 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
     except ChangedModelError as error:
         raise ChangedModelError(f"{path} {error}") from error
     except Exception as error:  # a file that is no checkpoint can fail anywhere
-        reason = getattr(error, "strerror", None) or textwrap.shorten(str(error), 200) or type(error).__name__
+        reason = (
+            getattr(error, "strerror", None)
+            or textwrap.shorten(str(error), 200)
+            or type(error).__name__
+        )
         if isinstance(error, pickle.UnpicklingError):
             reason = f"it holds {NOT_PLAIN}"
-        raise ScriptError(f"{path} is not an intact checkpoint: {reason}; name another file") from error
+        raise ScriptError(
+            f"{path} is not an intact checkpoint: {reason}; name another file"
+        ) from error
     return checkpoint
 
 
@@ -102,7 +112,9 @@ def load_weights(path: Path, model_name: str) -> dict:
     """Return the weights in a checkpoint; raise ScriptError if it cannot be loaded, or if they are another model's."""
     checkpoint = load_checkpoint(path)
     if checkpoint["model_name"] != model_name:
-        raise ScriptError(f"{path} holds weights of {checkpoint['model_name']}: use --model {checkpoint['model_name']}")
+        raise ScriptError(
+            f"{path} holds weights of {checkpoint['model_name']}: use --model {checkpoint['model_name']}"
+        )
     return checkpoint["model_state_dict"]
 
 
@@ -138,7 +150,10 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
             damaged.append(str(error))
         else:
             if damaged:
-                print(f"Skipping damaged checkpoints: {'; '.join(damaged)}. Resuming from {path}", file=sys.stderr)
+                print(
+                    f"Skipping damaged checkpoints: {'; '.join(damaged)}. Resuming from {path}",
+                    file=sys.stderr,
+                )
             return path, checkpoint
     reasons = "; ".join(damaged) or "there is no checkpoint"
     raise ScriptError(f"cannot resume in {folder}: {reasons}. Leave out --resume to start anew")
@@ -153,14 +168,20 @@ def hold_folder(folder: Path) -> Iterator[None]:
         with contextlib.suppress(NotImplementedError):  # the file system has no locks
             lock.acquire()
     except Timeout as error:
-        raise ScriptError(f"another run is using {folder}; wait for its end, or choose another folder") from error
+        raise ScriptError(
+            f"another run is using {folder}; wait for its end, or choose another folder"
+        ) from error
     except OSError as error:
-        raise ScriptError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+        raise ScriptError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder"
+        ) from error
     try:
         user, status = getattr(os, "geteuid", int)(), folder.stat()
         only_owners_move = status.st_mode & stat.S_ISVTX and user not in (0, status.st_uid)
         if only_owners_move and any(path.lstat().st_uid != user for path in files_of_runs(folder)):
-            raise ScriptError(f"{folder} holds another user's run, which cannot be moved; choose another folder")
+            raise ScriptError(
+                f"{folder} holds another user's run, which cannot be moved; choose another folder"
+            )
         yield
     finally:
         lock.release()
@@ -171,11 +192,17 @@ def prepare_to_resume(folder: Path, checkpoint: dict) -> None:
     best, best_epoch, done = folder / BEST, 0, checkpoint["epoch"]
     with contextlib.suppress(ScriptError):  # missing or damaged
         best_epoch = load_checkpoint(best)["epoch"]
-    later = [path for epoch, path in [*reversed(epoch_files(folder).items()), (best_epoch, best)] if epoch > done]
+    later = [
+        path
+        for epoch, path in [*reversed(epoch_files(folder).items()), (best_epoch, best)]
+        if epoch > done
+    ]
     set_aside(folder, [*later, *folder.glob(LOG), *folder.glob(CURVES)] if later else [])
     try:
         if best_epoch != checkpoint["best_epoch"]:
-            save_checkpoint(best, load_checkpoint(folder / f"mnist_model_epoch_{checkpoint['best_epoch']}.pth"))
+            save_checkpoint(
+                best, load_checkpoint(folder / f"mnist_model_epoch_{checkpoint['best_epoch']}.pth")
+            )
     except ScriptError as error:
         print(f"Warning: {best} does not hold the best epoch so far: {error}", file=sys.stderr)
     with contextlib.suppress(ScriptError):
@@ -195,6 +222,8 @@ def set_aside(folder: Path, paths: list[Path]) -> None:
         else:
             path.rename(moving / path.name)
     if moving.exists():
-        target = next(path for n in itertools.count(1) if not (path := folder / f"earlier_run_{n}").exists())
+        target = next(
+            path for n in itertools.count(1) if not (path := folder / f"earlier_run_{n}").exists()
+        )
         moving.rename(target)
         print(f"Moved {len(list(target.iterdir()))} files of an earlier run to {target}")

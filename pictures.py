@@ -15,7 +15,9 @@ from utils import ScriptError, write_file
 def require_matplotlib() -> None:
     """Raise ScriptError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ScriptError("drawing needs matplotlib, which is not installed: pip install matplotlib")
+        raise ScriptError(
+            "drawing needs matplotlib, which is not installed: pip install matplotlib"
+        )
 
 
 def draw_curves(path: Path, history: list[dict], title: str) -> None:
@@ -57,14 +59,20 @@ def draw_receptive_fields(
     for (axes, below), (name, field) in zip(columns, blocks.items(), strict=True):
         axes.imshow(image[0, 0].cpu().numpy(), cmap="gray")
         corner = field["left"] - 0.5, field["top"] - 0.5  # a pixel's centre has its whole numbers
-        axes.add_patch(Rectangle(corner, field["width"], field["height"], fill=False, color="red", linewidth=2))
+        axes.add_patch(
+            Rectangle(corner, field["width"], field["height"], fill=False, color="red", linewidth=2)
+        )
         axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
-        axes.set(xlim=(-0.5, image.shape[3] - 0.5), ylim=(image.shape[2] - 0.5, -0.5))  # the image, no more
+        axes.set(
+            xlim=(-0.5, image.shape[3] - 0.5), ylim=(image.shape[2] - 0.5, -0.5)
+        )  # the image, no more
         axes.set_axis_off()
         below.set_axis_off()
         if name in maps:
             count, height, width = maps[name].shape
-            large = F.interpolate(maps[name][:, None], scale_factor=max(1, 24 // max(height, width)))
+            large = F.interpolate(
+                maps[name][:, None], scale_factor=max(1, 24 // max(height, width))
+            )
             below.imshow(make_grid(large, math.ceil(count**0.5), pad_value=math.nan)[0].numpy())
             below.set_title(f"{count} maps of {height}x{width}", fontsize=9)
     save_figure(path, figure)

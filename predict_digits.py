@@ -34,7 +34,15 @@ from digit_images import prepare_digit, read_picture
 from download_mnist import load_mnist, normalize
 from models import build_model
 from pictures import draw_mistakes, require_matplotlib
-from utils import ScriptError, describe_error, device_type, make_folder, number_type, path_type, run_script
+from utils import (
+    ScriptError,
+    describe_error,
+    device_type,
+    make_folder,
+    number_type,
+    path_type,
+    run_script,
+)
 
 
 @torch.no_grad()
@@ -46,7 +54,9 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
             raise ValueError("it does not return ten finite numbers for each")
         return logits
     except Exception as error:  # whatever a user's forward raises
-        raise ScriptError(f"{type(model).__name__} fails on 28x28 images: {describe_error(error)}; fix it") from error
+        raise ScriptError(
+            f"{type(model).__name__} fails on 28x28 images: {describe_error(error)}; fix it"
+        ) from error
 
 
 def read_digit(model: nn.Module, source: Path | bytes) -> tuple[Tensor, np.ndarray, str]:
@@ -59,15 +69,27 @@ def read_digit(model: nn.Module, source: Path | bytes) -> tuple[Tensor, np.ndarr
 def format_mistakes(logits: Tensor, labels: Tensor) -> str:
     """Return accuracy, confusion matrix and the ten worst mistakes, from logits (N, 10) and labels (N,), as text."""
     predictions, wrong = logits.argmax(1), logits.argmax(1) != labels
-    confusion = torch.stack([(predictions[labels == digit]).bincount(minlength=10) for digit in range(10)])
-    lines = [f"accuracy {100 * (1 - wrong.float().mean()):.2f} %, {wrong.sum()} of {len(labels):,} wrong", ""]
+    confusion = torch.stack(
+        [(predictions[labels == digit]).bincount(minlength=10) for digit in range(10)]
+    )
+    lines = [
+        f"accuracy {100 * (1 - wrong.float().mean()):.2f} %, {wrong.sum()} of {len(labels):,} wrong",
+        "",
+    ]
     lines += ["label" + "".join(f"{f'as {digit}':>7}" for digit in range(10)) + "  wrong"]
     for digit, row in enumerate(confusion.tolist()):
-        lines.append(f"{digit:5}" + "".join(f"{n or '.':>7}" for n in row) + f"{sum(row) - row[digit]:7}")
+        lines.append(
+            f"{digit:5}" + "".join(f"{n or '.':>7}" for n in row) + f"{sum(row) - row[digit]:7}"
+        )
     lines += ["", "index  label  read as  probability    loss"]
-    losses, probabilities = F.cross_entropy(logits, labels, reduction="none"), logits.softmax(1).amax(1)
+    losses, probabilities = (
+        F.cross_entropy(logits, labels, reduction="none"),
+        logits.softmax(1).amax(1),
+    )
     for i in worst_mistakes(logits, labels)[:10]:
-        lines.append(f"{i:5}  {labels[i]:5}  {predictions[i]:7}  {probabilities[i]:11.1%}  {losses[i]:6.2f}")
+        lines.append(
+            f"{i:5}  {labels[i]:5}  {predictions[i]:7}  {probabilities[i]:11.1%}  {losses[i]:6.2f}"
+        )
     return "\n".join(lines)
 
 
@@ -82,13 +104,19 @@ def serve_page(model: nn.Module, port: int) -> None:
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), PageRequest)
     except OSError as error:
-        raise ScriptError(f"cannot use port {port}: {error.strerror}; leave out --port or name another") from error
-    reader = ThreadPoolExecutor(1)  # one thread: a model may hold state, and torch starts helpers for each caller
+        raise ScriptError(
+            f"cannot use port {port}: {error.strerror}; leave out --port or name another"
+        ) from error
+    reader = ThreadPoolExecutor(
+        1
+    )  # one thread: a model may hold state, and torch starts helpers for each caller
     server.read = lambda data: reader.submit(read_digit, model, data).result()
     server.page = Path(__file__).with_name("draw_digit.html").read_bytes()
     address = f"http://127.0.0.1:{server.server_port}/"
     print(f"Draw digits at {address} (Ctrl-C ends the server)", flush=True)
-    threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()  # a text browser would block
+    threading.Thread(
+        target=webbrowser.open, args=[address], daemon=True
+    ).start()  # a text browser would block
     server.serve_forever()
 
 
@@ -107,7 +135,10 @@ class PageRequest(BaseHTTPRequestHandler):
         if not super().parse_request():
             return False
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        is_own = host.split(":")[0] in ("127.0.0.1", "localhost") and origin in (None, f"http://{host}")
+        is_own = host.split(":")[0] in ("127.0.0.1", "localhost") and origin in (
+            None,
+            f"http://{host}",
+        )
         if not is_own or self.path != "/":
             self.send_error(404 if is_own else 403)
         return is_own and self.path == "/"
@@ -126,7 +157,11 @@ class PageRequest(BaseHTTPRequestHandler):
         else:
             try:
                 probabilities, pixels, doubt = self.server.read(data)
-                answer = {"probabilities": probabilities.tolist(), "image": pixels.tolist(), "message": doubt}
+                answer = {
+                    "probabilities": probabilities.tolist(),
+                    "image": pixels.tolist(),
+                    "message": doubt,
+                }
             except Exception as error:  # whatever the picture or a user's model causes
                 answer = {"message": describe_error(error)}
             self.send("application/json", json.dumps(answer).encode())
@@ -135,7 +170,10 @@ class PageRequest(BaseHTTPRequestHandler):
         """Send an answer of that media type; the page may load nothing from other sites or be shown in one."""
         self.send_response(200)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Security-Policy", "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'")
+        self.send_header(
+            "Content-Security-Policy",
+            "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'",
+        )
         self.end_headers()
         self.wfile.write(data)
 
@@ -146,25 +184,57 @@ class PageRequest(BaseHTTPRequestHandler):
 def main() -> None:
     """Read the pictures that are named, the test set, or what is drawn."""
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, best = parser.add_argument, Path("model_checkpoints") / BEST
-    add("files", nargs="*", type=path_type, metavar="FILE", help="pictures of one digit each (default: the test set)")
-    add("--checkpoint", default=best, type=path_type, help="the trained model (default: %(default)s)")
+    add(
+        "files",
+        nargs="*",
+        type=path_type,
+        metavar="FILE",
+        help="pictures of one digit each (default: the test set)",
+    )
+    add(
+        "--checkpoint",
+        default=best,
+        type=path_type,
+        help="the trained model (default: %(default)s)",
+    )
     add("--test-set", action="store_true", help="look at the test set, too, with files or --draw")
     add("--draw", action="store_true", help="then serve a page to draw digits on, until Ctrl-C")
-    add("--port", default=0, type=number_type(int, 0, 65536), help="the page's port (default: one that is free)")
-    add("--plot", type=path_type, help="PNG file to draw the 40 worst mistakes into (default: none)")
-    add("--save-prepared", type=path_type, metavar="FOLDER", help="save what the model sees (default: nowhere)")
+    add(
+        "--port",
+        default=0,
+        type=number_type(int, 0, 65536),
+        help="the page's port (default: one that is free)",
+    )
+    add(
+        "--plot", type=path_type, help="PNG file to draw the 40 worst mistakes into (default: none)"
+    )
+    add(
+        "--save-prepared",
+        type=path_type,
+        metavar="FOLDER",
+        help="save what the model sees (default: nowhere)",
+    )
     add("--data-dir", default="data", type=path_type, help="holds MNIST/raw (default: %(default)s)")
-    add("--device", default="auto", type=device_type, help="auto, cpu, cuda, mps, xpu (default: %(default)s)")
+    add(
+        "--device",
+        default="auto",
+        type=device_type,
+        help="auto, cpu, cuda, mps, xpu (default: %(default)s)",
+    )
     args = parser.parse_args()
     if args.plot:
         require_matplotlib()
     if args.save_prepared:
         make_folder(args.save_prepared)
     if not args.checkpoint.exists():
-        raise ScriptError(f"there is no {args.checkpoint}: train a model first, with python train_test_mnist.py")
+        raise ScriptError(
+            f"there is no {args.checkpoint}: train a model first, with python train_test_mnist.py"
+        )
     checkpoint = load_checkpoint(args.checkpoint)
     model = build_model(checkpoint["model_name"]).to(args.device)
     model.load_state_dict(checkpoint["model_state_dict"])
@@ -176,7 +246,9 @@ def main() -> None:
             probabilities, pixels, doubt = read_digit(model, path)
             if args.save_prepared:
                 Image.fromarray(pixels).save(args.save_prepared / f"{number}_{path.stem}_28x28.png")
-            first, second = (f"{digit} ({p:.1%})" for p, digit in zip(*probabilities.topk(2), strict=True))
+            first, second = (
+                f"{digit} ({p:.1%})" for p, digit in zip(*probabilities.topk(2), strict=True)
+            )
             answer = f"{doubt}; perhaps {first[0]}" if doubt else f"{first}, then {second}"
             print(f"{path}: {answer}", flush=True)
         except (ScriptError, OSError) as error:  # the next picture may be fine
@@ -185,11 +257,17 @@ def main() -> None:
     if args.test_set or args.plot or not (args.files or args.draw):
         images, labels = load_mnist(args.data_dir, train=False, device=args.device)
         logits = predict(model, images)
-        print(f"{checkpoint['model_name']} of {args.checkpoint} on the test set: {format_mistakes(logits, labels)}")
+        print(
+            f"{checkpoint['model_name']} of {args.checkpoint} on the test set: {format_mistakes(logits, labels)}"
+        )
         if args.plot:
             worst = worst_mistakes(logits, labels)[:40]
             rows = zip(labels[worst], *logits[worst].softmax(1).max(1), strict=True)
-            draw_mistakes(args.plot, images[worst], [f"{label} read as {digit}, {p:.0%}" for label, p, digit in rows])
+            draw_mistakes(
+                args.plot,
+                images[worst],
+                [f"{label} read as {digit}, {p:.0%}" for label, p, digit in rows],
+            )
     if args.draw:
         serve_page(model, args.port)
     if failed:

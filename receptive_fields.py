@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 Window = tuple[int, int, int, int]  # kernel size, stride, padding, dilation along one axis
-Place = tuple[int, int]  # the axes of a tensor (N, ...) along which rows and columns of a map lie; see `as_map`
+Place = tuple[
+    int, int
+]  # the axes of a tensor (N, ...) along which rows and columns of a map lie; see `as_map`
 Size = tuple[int, int]  # rows and columns
 
 MISMATCH = "it does not read what its window says"
@@ -96,7 +98,9 @@ def meet(before: list[View], after: list[View]) -> View:
     padding = max(axis.P_out for axis in axes)
     end = max(axis.r_out - axis.P_out + (n - 1) * (axis.j_out - j) for axis in axes)
     n_in, j_in = max((view.axis.n_out, view.axis.j_out) for view in before)
-    r_in, padding_in = (max(getattr(view.axis, name) for view in before) for name in ("r_out", "P_out"))
+    r_in, padding_in = (
+        max(getattr(view.axis, name) for view in before) for name in ("r_out", "P_out")
+    )
     return View(Axis(*[None] * 4, n_in, n, j_in, j, r_in, end + padding, padding_in, padding), seen)
 
 
@@ -106,7 +110,9 @@ def is_consistent(view: View) -> bool:
     last = first + view.axis.r_out - 1
     pixels = torch.arange(view.seen.shape[1])
     outside = (pixels < first[:, None]) | (pixels > last[:, None])
-    inner = (first >= 0) & (last < len(pixels))  # of these, those that read no padding see both ends
+    inner = (first >= 0) & (
+        last < len(pixels)
+    )  # of these, those that read no padding see both ends
     ends = view.seen[inner].gather(1, torch.stack([first, last], dim=1)[inner])
     return bool((ends.all(1).any() or not len(ends)) and not (view.seen & outside).any())
 
@@ -117,7 +123,9 @@ def is_consistent(view: View) -> bool:
 def reads_of(window: Window, n_out: int, n_in: int) -> Tensor:
     """Return which of n_in units a window reads at each of its n_out places, (n_out, n_in) bool."""
     k, s, p, d = window
-    offset = torch.arange(n_in) + p - s * torch.arange(n_out)[:, None]  # from the first unit of the window
+    offset = (
+        torch.arange(n_in) + p - s * torch.arange(n_out)[:, None]
+    )  # from the first unit of the window
     return (offset >= 0) & (offset <= d * (k - 1)) & (offset % d == 0)
 
 
@@ -131,7 +139,9 @@ def fit_window(reads: Tensor, probed: Tensor, n_in: int) -> Window | None:
     d = int(units.diff().min()) if len(units) > 1 else 1
     k = int(units[-1] - units[0]) // d + 1
     # The stride shows between two whole windows. A single one, as of a running sum, shows no stride.
-    strides = [k] if len(reads) == 1 else range(n_in + 1) if (counts == counts[place]).sum() > 1 else []
+    strides = (
+        [k] if len(reads) == 1 else range(n_in + 1) if (counts == counts[place]).sum() > 1 else []
+    )
     windows = [(k, s, place * s - int(units[0]), d) for s in strides]
     return next((w for w in windows if reads_of(w, len(reads), n_in)[:, probed].equal(reads)), None)
 
@@ -166,8 +176,15 @@ def possible_maps(shape: torch.Size, source: FeatureMap) -> list[tuple[Place, Si
     axes, units = range(len(shape) - 1, 0, -1), math.prod(source.size)
     pairs = [(row, column) for column in axes for row in axes if row < column]
     lines = [line for axis in axes for line in ((axis, -1), (-2, axis))]
-    size = {place: tuple(shape[axis] if axis > 0 else 1 for axis in place) for place in [(-2, -1), *pairs, *lines]}
-    flat = [axis for axis in axes if shape[axis] == units or (len(axes) == 1 and shape[axis] % units == 0)]
+    size = {
+        place: tuple(shape[axis] if axis > 0 else 1 for axis in place)
+        for place in [(-2, -1), *pairs, *lines]
+    }
+    flat = [
+        axis
+        for axis in axes
+        if shape[axis] == units or (len(axes) == 1 and shape[axis] % units == 0)
+    ]
     size |= {(axis, axis): source.size for axis in flat}
     return sorted(size.items(), key=lambda item: (item[1] != source.size, item[0] != source.place))
 
@@ -183,7 +200,9 @@ class Dependence(NamedTuple):
     def read(self, place: Place, size: Size) -> tuple[Tensor, Tensor] | None:
         """Return which rows depend on which, (rows, probed), and which columns; None if this is no such map."""
         numbers = as_map(self.changed, place, size)
-        numbers = numbers.reshape(*numbers.shape[:3], -1).split([len(units) for units in self.probed])
+        numbers = numbers.reshape(*numbers.shape[:3], -1).split(
+            [len(units) for units in self.probed]
+        )
         by_row, by_column = (part.any(3) for part in numbers)
         rows, columns = by_row.any(2).T, by_column.any(1).T
         alive = by_row.any(0) | by_column.any(0)
@@ -206,14 +225,19 @@ def find_map(branches: list[Dependence], declared: list[Window] | None) -> Featu
     Raises CannotFollowError.
     """
     shape = branches[0].changed.shape
-    for place, size in [guess for branch in branches for guess in possible_maps(shape, branch.source)]:
+    for place, size in [
+        guess for branch in branches for guess in possible_maps(shape, branch.source)
+    ]:
         found = [branch.read(place, size) for branch in branches]
         if None in found or (declared and place != (len(shape) - 2, len(shape) - 1)):
             continue
         views = []
         for axis in (0, 1):
             before = [branch.source.views[axis] for branch in branches]
-            reads, probed = [both[axis] for both in found], [branch.probed[axis] for branch in branches]
+            reads, probed = (
+                [both[axis] for both in found],
+                [branch.probed[axis] for branch in branches],
+            )
             window = declared[axis] if declared else None
             after = [carry(*branch, window) for branch in zip(before, reads, probed, strict=True)]
             views += [] if None in after else [meet(before, after)]

@@ -23,7 +23,13 @@ def map_tensors(function: Callable[[Tensor], object], value: object) -> object:
         return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         items = [map_tensors(function, item) for item in value]
-        return items if isinstance(value, list) else type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return (
+            items
+            if isinstance(value, list)
+            else type(value)(*items)
+            if hasattr(value, "_fields")
+            else tuple(items)
+        )
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = copy.copy(value)
         vars(value).update(map_tensors(function, vars(value)))
@@ -79,7 +85,11 @@ class Call(NamedTuple):
         function = getattr(self.func, "__name__", "").lstrip("_").removesuffix("_with_indices")
         if function not in names:
             return None
-        given = {"padding": 0, "dilation": 1} | dict(zip(names[function], self.args, strict=False)) | self.kwargs
+        given = (
+            {"padding": 0, "dilation": 1}
+            | dict(zip(names[function], self.args, strict=False))
+            | self.kwargs
+        )
         kernel = given["weight"].shape[2:] if function == "conv2d" else given["kernel_size"]
         stride = given.get("stride") or (1 if function == "conv2d" else kernel)
         windows = []
@@ -90,20 +100,33 @@ class Call(NamedTuple):
         return windows
 
 
-def probe(call: Call, source: Tensor, known: FeatureMap, run: int) -> Iterator[list[Dependence | str]]:
+def probe(
+    call: Call, source: Tensor, known: FeatureMap, run: int
+) -> Iterator[list[Dependence | str]]:
     """Yield how each result of a call depends on one of its arguments, or why that is not known, better each time.
 
     Of more than 3 * run rows or columns only the first, the middle and the last run are probed. Each image has one
     probe, but the last has none, to show if images are mixed. After NaN, other values are tried; then NaN again, with
     boolean arguments such as masks inverted, because a number that is not chosen does not show.
     """
-    some = [torch.cat([torch.arange(run) + start for start in (0, (n - run) // 2, n - run)]) for n in known.size]
-    probed = tuple(torch.arange(n) if n <= 3 * run else part for n, part in zip(known.size, some, strict=True))
+    some = [
+        torch.cat([torch.arange(run) + start for start in (0, (n - run) // 2, n - run)])
+        for n in known.size
+    ]
+    probed = tuple(
+        torch.arange(n) if n <= 3 * run else part for n, part in zip(known.size, some, strict=True)
+    )
     probes = [(axis, unit) for axis in (0, 1) for unit in probed[axis].tolist()]
     given = tensors_in((call.args, call.kwargs))
-    inverted = {id(tensor): ~tensor for tensor in given if tensor.dtype == torch.bool and tensor is not source}
+    inverted = {
+        id(tensor): ~tensor
+        for tensor in given
+        if tensor.dtype == torch.bool and tensor is not source
+    }
     found: list[Dependence | str] = []
-    for attempt, (value, replaced) in enumerate([(torch.nan, {}), (1e4, {}), (-1e4, {}), (torch.nan, inverted)]):
+    for attempt, (value, replaced) in enumerate(
+        [(torch.nan, {}), (1e4, {}), (-1e4, {}), (torch.nan, inverted)]
+    ):
         plain = call.replay(replaced)
         for result in plain if not found else ():
             is_batch = result.dim() and len(result) == len(source)
@@ -128,7 +151,9 @@ def probe(call: Call, source: Tensor, known: FeatureMap, run: int) -> Iterator[l
         yield found
 
 
-def follow_call(call: Call, sources: list[tuple[Tensor, FeatureMap]]) -> tuple[list[FeatureMap | str | None], bool]:
+def follow_call(
+    call: Call, sources: list[tuple[Tensor, FeatureMap]]
+) -> tuple[list[FeatureMap | str | None], bool]:
     """Return the map in each result of a call, from the maps in its arguments, and whether NaN passes it.
 
     A result that cannot be followed has the reason instead, one that does not depend on these arguments has None.
@@ -137,7 +162,9 @@ def follow_call(call: Call, sources: list[tuple[Tensor, FeatureMap]]) -> tuple[l
     for tensor, known in sources:
         is_large = math.prod(known.size) >= 2**14  # then few rows are probed, for time's sake
         declared = declared if known.place == (tensor.dim() - 2, tensor.dim() - 1) else None
-        run = (1 if is_large else 2) if declared else 4 if is_large else 10  # a declared window is only compared
+        run = (
+            (1 if is_large else 2) if declared else 4 if is_large else 10
+        )  # a declared window is only compared
         probing.append(probe(call, tensor, known, run))
     found: list[FeatureMap | str | None] = []
     for by_source in zip(*probing, strict=True):
@@ -149,7 +176,9 @@ def follow_call(call: Call, sources: list[tuple[Tensor, FeatureMap]]) -> tuple[l
     return found, all(part.by_nan for part in parts if part.changed.any())
 
 
-def find_result(branches: tuple[Dependence | str, ...], declared: list[Window] | None) -> FeatureMap | str | None:
+def find_result(
+    branches: tuple[Dependence | str, ...], declared: list[Window] | None
+) -> FeatureMap | str | None:
     """Return the map in a result, why it is not known, or None if nothing shows that the result depends on any."""
     reasons = [branch for branch in branches if isinstance(branch, str)]
     if reasons:

@@ -31,7 +31,9 @@ class LastingStream:
         self.stream = stream or io.StringIO()  # it is None if the user has closed it
         self.failure: OSError | None = None
         if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")  # its encoding may lack a letter of a path
+            self.stream.reconfigure(
+                errors="backslashreplace"
+            )  # its encoding may lack a letter of a path
 
     def write(self, text: str) -> int:
         """Write the text at once, or nothing from the first failure on."""
@@ -58,7 +60,10 @@ def end_in_one_line() -> None:
 
     def report(kind: type, error: BaseException, traceback: object) -> None:
         if isinstance(error, SyntaxError):
-            print(f"{script}: error: {error.filename}, line {error.lineno}: {error.msg}; fix it", file=sys.stderr)
+            print(
+                f"{script}: error: {error.filename}, line {error.lineno}: {error.msg}; fix it",
+                file=sys.stderr,
+            )
         else:
             sys.__excepthook__(kind, error, traceback)
 
@@ -72,29 +77,47 @@ def run_script(main: Callable[[], None]) -> None:
 
     def interrupt(number: int, frame: object) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):  # the script is ending already
-            signal.signal(each, lambda *_: None)  # Python complains if one is pending when SIG_IGN is set
+            signal.signal(
+                each, lambda *_: None
+            )  # Python complains if one is pending when SIG_IGN is set
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    script, output, errors = Path(sys.argv[0]).name, LastingStream(sys.stdout), LastingStream(sys.stderr)
+    script, output, errors = (
+        Path(sys.argv[0]).name,
+        LastingStream(sys.stdout),
+        LastingStream(sys.stderr),
+    )
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
             main()
         except KeyboardInterrupt as interrupted:
-            print(f"{script}: interrupted; {getattr(interrupted, 'advice', 'run it again')}", file=sys.stderr)
+            print(
+                f"{script}: interrupted; {getattr(interrupted, 'advice', 'run it again')}",
+                file=sys.stderr,
+            )
             sys.exit(128 + (interrupted.args or [signal.SIGINT])[0])
         except ScriptError as error:
             sys.exit(f"{script}: error: {error}")
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}" if error.filename else error
-            sys.exit(f"{script}: error: cannot use {reason}; check it, or name another file or folder")
+            sys.exit(
+                f"{script}: error: cannot use {reason}; check it, or name another file or folder"
+            )
         finally:  # put Python's own handlers back because an IPython session goes on after %run
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a slow exit at once
-    if output.failure and output.failure.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe or terminal
-        sys.exit(f"{script}: error: cannot write the standard output: {output.failure.strerror}; send it elsewhere")
+            atexit.register(
+                signal.signal, signal.SIGINT, signal.SIG_DFL
+            )  # Ctrl-C ends a slow exit at once
+    if output.failure and output.failure.errno not in (
+        errno.EPIPE,
+        errno.EIO,
+    ):  # a closed pipe or terminal
+        sys.exit(
+            f"{script}: error: cannot write the standard output: {output.failure.strerror}; send it elsewhere"
+        )
 
 
 def make_folder(path: Path) -> None:
@@ -102,7 +125,9 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ScriptError(f"cannot create the folder {path}: {error.strerror}; choose another") from error
+        raise ScriptError(
+            f"cannot create the folder {path}: {error.strerror}; choose another"
+        ) from error
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -115,17 +140,24 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise ScriptError(f"cannot write {path}: {error.strerror}; make room there or choose another folder") from error
+        raise ScriptError(
+            f"cannot write {path}: {error.strerror}; make room there or choose another folder"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # not every system can open or sync a folder
+    with (
+        contextlib.suppress(OSError),
+        contextlib.ExitStack() as stack,
+    ):  # not every system can open or sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         stack.callback(os.close, folder)
         os.fsync(folder)
     for left_over in path.parent.glob(f"{path.name}.{'[0-9a-f]' * 32}.tmp"):  # of a killed process
         with contextlib.suppress(OSError):  # another process may have removed it
-            if path.stat().st_mtime - left_over.stat().st_mtime > 600:  # seconds; no write takes that long
+            if (
+                path.stat().st_mtime - left_over.stat().st_mtime > 600
+            ):  # seconds; no write takes that long
                 left_over.unlink()
 
 
@@ -150,7 +182,9 @@ def path_type(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ArgumentTypeError(f"there is no home folder for '{text}'; name another path") from error
+        raise ArgumentTypeError(
+            f"there is no home folder for '{text}'; name another path"
+        ) from error
 
 
 def device_type(name: str) -> "torch.device":
@@ -158,8 +192,14 @@ def device_type(name: str) -> "torch.device":
     import torch  # takes seconds, which the scripts' --help and early errors need not wait for
 
     if auto := (name == "auto"):
-        backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": getattr(torch, "xpu", None)}
-        name = next((key for key, backend in backends.items() if backend and backend.is_available()), "cpu")
+        backends = {
+            "cuda": torch.cuda,
+            "mps": torch.backends.mps,
+            "xpu": getattr(torch, "xpu", None),
+        }
+        name = next(
+            (key for key, backend in backends.items() if backend and backend.is_available()), "cpu"
+        )
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:

@@ -56,15 +56,21 @@ def repeated(function: Callable[[], None]) -> Work:
     return work
 
 
-def classic_loop(name: str, batch_size: int, device: torch.device, data_dir: Path) -> tuple[Work, Work]:
+def classic_loop(
+    name: str, batch_size: int, device: torch.device, data_dir: Path
+) -> tuple[Work, Work]:
     """The loop of pytorch/examples/mnist: torchvision transforms each sample, and every step reads its loss."""
     from torchvision import datasets, transforms
 
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    transform = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
+    )
     model, optimizer = new_model(name, device)
 
     def endless(train: bool, batch_size: int) -> object:
-        loader = torch.utils.data.DataLoader(datasets.MNIST(data_dir, train, transform), batch_size, shuffle=train)
+        loader = torch.utils.data.DataLoader(
+            datasets.MNIST(data_dir, train, transform), batch_size, shuffle=train
+        )
         while True:
             for data, target in loader:
                 yield data.to(device), target.to(device)
@@ -92,7 +98,12 @@ def classic_loop(name: str, batch_size: int, device: torch.device, data_dir: Pat
 
 
 def this_repository(
-    name: str, batch_size: int, device: torch.device, data_dir: Path, amp: bool = False, graph: bool = True
+    name: str,
+    batch_size: int,
+    device: torch.device,
+    data_dir: Path,
+    amp: bool = False,
+    graph: bool = True,
 ) -> tuple[Work, Work]:
     """train_one_epoch and evaluate as train_test_mnist.py calls them."""
     keep_freed_memory()
@@ -107,7 +118,9 @@ def this_repository(
 
     def train(steps: int) -> None:
         count = steps * batch_size
-        train_one_epoch(model, optimizer, None, images[:count], labels[:count], batch_size, amp=amp, step=step)
+        train_one_epoch(
+            model, optimizer, None, images[:count], labels[:count], batch_size, amp=amp, step=step
+        )
 
     def test(batches: int) -> None:
         count = batches * TEST_BATCH
@@ -126,11 +139,15 @@ def without_graph(*setting: object) -> tuple[Work, Work]:
     return this_repository(*setting, graph=False)
 
 
-def compute_only(name: str, batch_size: int, device: torch.device, data_dir: Path) -> tuple[Work, Work]:
+def compute_only(
+    name: str, batch_size: int, device: torch.device, data_dir: Path
+) -> tuple[Work, Work]:
     """Forward, backward and update on one batch that never changes."""
     keep_freed_memory()
     model, optimizer = new_model(name, device)
-    data, test_data = (torch.randn(size, 1, 28, 28, device=device) for size in (batch_size, TEST_BATCH))
+    data, test_data = (
+        torch.randn(size, 1, 28, 28, device=device) for size in (batch_size, TEST_BATCH)
+    )
     target = torch.randint(10, (batch_size,), device=device)
 
     def train_step() -> None:
@@ -162,7 +179,9 @@ def serve(connection: object, prepare: Callable[..., tuple[Work, Work]], setting
 def measure(setting: Setting, rounds: int, steps: int) -> list[tuple[str, float, float, float]]:
     """Return each variant's name, seconds a training step, seconds an epoch, and speed in classic loops."""
     context, connections = multiprocessing.get_context("spawn"), {}
-    amp = [with_amp] if setting[2].type != "cpu" or bfloat16_instructions() else []  # else it takes minutes
+    amp = (
+        [with_amp] if setting[2].type != "cpu" or bfloat16_instructions() else []
+    )  # else it takes minutes
     plain = [without_graph] if setting[2].type == "cuda" else []
     for prepare in (classic_loop, *plain, this_repository, *amp, compute_only):
         connections[prepare.__name__], theirs = context.Pipe()
@@ -174,15 +193,23 @@ def measure(setting: Setting, rounds: int, steps: int) -> list[tuple[str, float,
             connection.send(("train", steps))
             step = connection.recv()
             connection.send(("test", TEST_IMAGES // TEST_BATCH))
-            epoch = math.ceil(TRAIN_IMAGES / setting[1]) * step + TEST_IMAGES // TEST_BATCH * connection.recv()
+            epoch = (
+                math.ceil(TRAIN_IMAGES / setting[1]) * step
+                + TEST_IMAGES // TEST_BATCH * connection.recv()
+            )
             turns[name].append((step, epoch))
     for connection in connections.values():
         connection.send(None)
     rows = []
     for name in turns:
-        ratios = [usual / epoch for (_, usual), (_, epoch) in zip(turns["classic_loop"], turns[name], strict=True)]
+        ratios = [
+            usual / epoch
+            for (_, usual), (_, epoch) in zip(turns["classic_loop"], turns[name], strict=True)
+        ]
         columns = [*zip(*turns[name], strict=True), ratios]
-        rows.append((name.replace("_", " "), *(statistics.median(column[1:]) for column in columns)))  # first: warm-up
+        rows.append(
+            (name.replace("_", " "), *(statistics.median(column[1:]) for column in columns))
+        )  # first: warm-up
     return rows
 
 
@@ -196,15 +223,28 @@ def bfloat16_instructions() -> list[str]:
 def main() -> None:
     """Print one table for each model, and how long a start takes."""
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, count = parser.add_argument, number_type(int, 1)
     names = [*model_classes(), "all"]
-    add("--model", default="Model5", type=find_model_name, choices=names, help="class (default: %(default)s)")
+    add(
+        "--model",
+        default="Model5",
+        type=find_model_name,
+        choices=names,
+        help="class (default: %(default)s)",
+    )
     add("--device", default="cpu", type=device_type, help="cpu or cuda (default: %(default)s)")
     add("--rounds", default=5, type=count, help="turns of each variant (default: %(default)s)")
     add("--steps", default=100, type=count, help="training steps a turn (default: %(default)s)")
-    add("--data-dir", default=ROOT / "data", type=Path, help="holds MNIST/raw (default: the repository's data)")
+    add(
+        "--data-dir",
+        default=ROOT / "data",
+        type=Path,
+        help="holds MNIST/raw (default: the repository's data)",
+    )
     args = parser.parse_args()
     batch_size = default_batch_size(args.device)
     download_mnist(args.data_dir)
@@ -216,9 +256,21 @@ def main() -> None:
         print(f"{f'{name}, batches of {batch_size}':22}     step, ms   epoch, s   speed")
         for variant, step, epoch, ratio in rows:
             print(f"{variant:22} {1000 * step:12.2f}   {epoch:8.2f}   {ratio:5.2f}", flush=True)
-    first_step = "import os, train_test_mnist as t; t.train_one_epoch = lambda *_: os._exit(0); t.main()"
-    for label, code in (("import torch", "import torch"), ("from the start to the first step", first_step)):
-        command = [sys.executable, "-c", code, "--dry-run", "--data-dir", str(args.data_dir.resolve())]
+    first_step = (
+        "import os, train_test_mnist as t; t.train_one_epoch = lambda *_: os._exit(0); t.main()"
+    )
+    for label, code in (
+        ("import torch", "import torch"),
+        ("from the start to the first step", first_step),
+    ):
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            "--dry-run",
+            "--data-dir",
+            str(args.data_dir.resolve()),
+        ]
         run = partial(subprocess.run, command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         seconds = statistics.median(timeit.repeat(run, repeat=args.rounds, number=1))
         print(f"{label}: {seconds:.2f} s", flush=True)

@@ -21,7 +21,9 @@ import train_test_mnist
 from checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
-TRAINED_MODEL5 = ROOT / "tests" / "model5.pth"  # with the README's stronger recipe and seed 1: 99.51 %
+TRAINED_MODEL5 = (
+    ROOT / "tests" / "model5.pth"
+)  # with the README's stronger recipe and seed 1: 99.51 %
 FOUR_EPOCHS = "--epochs", 4, "--batch-size", 16, "--lr", 0.05
 
 # For scripts: no waiting for each other, one width, no network
@@ -38,13 +40,19 @@ def make_tiny_files() -> dict[str, bytes]:
         for image, label in zip(images, labels, strict=True):
             row, column = 2 + 13 * (label // 5), 1 + 5 * (label % 5)
             image[row : row + 9, column : column + 4] += 190
-        files[f"{part}-images-idx3-ubyte"] = struct.pack(">4B3I", 0, 0, 8, 3, *images.shape) + images.tobytes()
-        files[f"{part}-labels-idx1-ubyte"] = struct.pack(">4BI", 0, 0, 8, 1, count) + labels.tobytes()
+        files[f"{part}-images-idx3-ubyte"] = (
+            struct.pack(">4B3I", 0, 0, 8, 3, *images.shape) + images.tobytes()
+        )
+        files[f"{part}-labels-idx1-ubyte"] = (
+            struct.pack(">4BI", 0, 0, 8, 1, count) + labels.tobytes()
+        )
     return files
 
 
 TINY_FILES = make_tiny_files()
-TINY_SUMS = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in TINY_FILES.items()}
+TINY_SUMS = {
+    name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in TINY_FILES.items()
+}
 
 # Runs the script that is named first, as `python script.py ...` would, with the tiny data set for MNIST and no mirror
 ON_TINY_MNIST = f"""
@@ -99,7 +107,15 @@ def train(tiny_mnist: None, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Return a function that trains in this process on the tiny data set and returns the standard output."""
 
     def train(folder: Path, *options: object) -> str:
-        command = ["train_test_mnist.py", "--data-dir", tiny_data, "--checkpoint-dir", folder, "--device", "cpu"]
+        command = [
+            "train_test_mnist.py",
+            "--data-dir",
+            tiny_data,
+            "--checkpoint-dir",
+            folder,
+            "--device",
+            "cpu",
+        ]
         monkeypatch.setattr("sys.argv", [*map(str, [*command, *options])])
         with contextlib.redirect_stdout(io.StringIO()) as output:
             train_test_mnist.main()
@@ -121,7 +137,9 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run a Python script from a folder and return its exit status, output and errors as text."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
 
 
 def load_all(folder: Path) -> dict[str, dict]:
@@ -129,7 +147,11 @@ def load_all(folder: Path) -> dict[str, dict]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def assert_same(first: object, second: object) -> None:

@@ -59,7 +59,11 @@ def train(folder: Path, data_dir: Path, seed: int = 1) -> None:
     """Train for four epochs, from the newest checkpoint if there is one of this seed."""
     sys.argv = ["train_test_mnist.py", "--data-dir", str(data_dir), "--checkpoint-dir", str(folder)]
     sys.argv += ["--epochs", "4", "--batch-size", "16", "--device", "cpu", "--seed", str(seed)]
-    own = [path for path in folder.glob("mnist_model_epoch_*.pth") if load_checkpoint(path)["seed"] == seed]
+    own = [
+        path
+        for path in folder.glob("mnist_model_epoch_*.pth")
+        if load_checkpoint(path)["seed"] == seed
+    ]
     sys.argv += ["--resume"] if own else []
     train_test_mnist.main()
 
@@ -76,9 +80,15 @@ def load_originals(folder: Path) -> dict[str, bytes]:
 
 def kill(what: str, kills: int, workplace: Path) -> None:
     """Compare runs that were killed with one that was not."""
-    data_dir, earlier, undisturbed = workplace / "data", workplace / "earlier", workplace / "undisturbed"
+    data_dir, earlier, undisturbed = (
+        workplace / "data",
+        workplace / "earlier",
+        workplace / "undisturbed",
+    )
     write_tiny_files(data_dir / "MNIST" / "raw", packed=what == "download")
-    function, load, count = (download, load_originals, 4) if what == "download" else (train, load_all, 5)
+    function, load, count = (
+        (download, load_originals, 4) if what == "download" else (train, load_all, 5)
+    )
     earlier.mkdir()
     if what == "training":
         assert os.waitpid(start(train, earlier, data_dir, 2), 0)[1] == 0
@@ -107,14 +117,18 @@ def kill(what: str, kills: int, workplace: Path) -> None:
         files = {(Path(name).name, data) for name, data in contents(folder).items()}
         assert {(name, data) for name, data in contents(earlier).items() if data} <= files
         assert not (folder / "earlier_run_incomplete").exists()
-        assert {path.name for path in folder.iterdir()} >= {path.name for path in undisturbed.iterdir()}
+        assert {path.name for path in folder.iterdir()} >= {
+            path.name for path in undisturbed.iterdir()
+        }
     print(
         f"{done} kills in {runs} runs, {refused} intruders refused: every file whole after each, every end undisturbed"
     )
 
 
 if __name__ == "__main__":
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)  # imports much of torch, which no child then has to
+    torch.optim.SGD(
+        [torch.zeros(1, requires_grad=True)], lr=1
+    )  # imports much of torch, which no child then has to
     download_mnist.FILES = TINY_SUMS
     with tempfile.TemporaryDirectory() as name:
         kill(sys.argv[1], int(sys.argv[2]), Path(name))

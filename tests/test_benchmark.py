@@ -14,8 +14,12 @@ import pytest
 
 
 @pytest.mark.usefixtures("tiny_mnist")
-def test_tables(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def new_thread(target: Callable, args: tuple, daemon: bool) -> threading.Thread:  # starts faster than a process
+def test_tables(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def new_thread(
+        target: Callable, args: tuple, daemon: bool
+    ) -> threading.Thread:  # starts faster than a process
         connection = Connection(os.dup(args[0].fileno()))
         return threading.Thread(target=target, args=(connection, *args[1:]), daemon=daemon)
 
@@ -23,7 +27,9 @@ def test_tables(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: threads)
     monkeypatch.setattr(benchmark_training, "bfloat16_instructions", lambda: ["amx_bf16"])
     commands = []
-    monkeypatch.setattr(benchmark_training.subprocess, "run", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(
+        benchmark_training.subprocess, "run", lambda command, **options: commands.append(command)
+    )
     options = "--rounds", 1, "--steps", 3, "--data-dir", tiny_data
     monkeypatch.setattr("sys.argv", ["benchmark_training.py", *map(str, options)])
     benchmark_training.main()
@@ -31,8 +37,18 @@ def test_tables(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert ", amx_bf16 bfloat16 instructions, " in lines[0]
     assert lines[1].startswith("Model5, batches of 64")
     rows = [re.fullmatch(r"([a-z ]+?) +([\d.]+) +([\d.]+) +([\d.]+)", line) for line in lines[2:6]]
-    assert [row[1] for row in rows] == ["classic loop", "this repository", "with amp", "compute only"]
+    assert [row[1] for row in rows] == [
+        "classic loop",
+        "this repository",
+        "with amp",
+        "compute only",
+    ]
     assert float(rows[0][4]) == 1
-    assert all(float(row[3]) >= 0.938 * float(row[2]) > 0 for row in rows)  # an epoch is 938 steps and a test
-    assert [line.split(":")[0] for line in lines[6:]] == ["import torch", "from the start to the first step"]
+    assert all(
+        float(row[3]) >= 0.938 * float(row[2]) > 0 for row in rows
+    )  # an epoch is 938 steps and a test
+    assert [line.split(":")[0] for line in lines[6:]] == [
+        "import torch",
+        "from the start to the first step",
+    ]
     assert "--dry-run" in commands[1]

@@ -49,7 +49,10 @@ def rows(output: str) -> list[list[str]]:
 
 
 def assert_refused(path: Path, reason: str = "", to_resume: bool = False) -> None:
-    with raises(ScriptError, match=rf"^{path} is not an intact checkpoint: .*{reason}.*; name another file\Z"):
+    with raises(
+        ScriptError,
+        match=rf"^{path} is not an intact checkpoint: .*{reason}.*; name another file\Z",
+    ):
         load_checkpoint(path, to_resume)
 
 
@@ -60,7 +63,19 @@ def test_resuming_equals_never_having_stopped(
     model: str, momentum: float, amp: list[str], train: Callable, tmp_path: Path
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    recipe = "--model", model, "--batch-size", 24, "--lr", 0.03, "--momentum", momentum, "--seed", 3, *amp
+    recipe = (
+        "--model",
+        model,
+        "--batch-size",
+        24,
+        "--lr",
+        0.03,
+        "--momentum",
+        momentum,
+        "--seed",
+        3,
+        *amp,
+    )
     expected = rows(train(whole, *recipe, "--epochs", 4))
     state = torch.get_rng_state()
     found = rows(train(parts, *recipe, "--epochs", 1))
@@ -76,10 +91,14 @@ def test_resuming_equals_never_having_stopped(
     assert_same(first, second)
 
 
-def test_options_are_remembered_and_epochs_may_grow(train: Callable, folder: Path, monkeypatch: MonkeyPatch) -> None:
+def test_options_are_remembered_and_epochs_may_grow(
+    train: Callable, folder: Path, monkeypatch: MonkeyPatch
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
     for options in ((), ("--epochs", 3)):
-        assert f"{FOUR} has finished epoch 4: nothing left to do" in train(folder, "--resume", *options)
+        assert f"{FOUR} has finished epoch 4: nothing left to do" in train(
+            folder, "--resume", *options
+        )
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.pth")} == before
     assert [row[0] for row in rows(train(folder, "--resume", "--epochs", 6))] == ["5", "6"]
     (folder / "mnist_model_epoch_6.pth").unlink()
@@ -101,14 +120,14 @@ def test_options_are_remembered_and_epochs_may_grow(train: Callable, folder: Pat
         ("--checkpoint-dir other", "/.*/check points"), ("--init-from other.pth", "none"),
     ],
 )  # fmt: skip
-def test_a_contradiction(given: str, stored: object, train: Callable, folder: Path, capsys: CaptureFixture) -> None:
+def test_a_contradiction(
+    given: str, stored: object, train: Callable, folder: Path, capsys: CaptureFixture
+) -> None:
     before = contents(folder)
     with raises(SystemExit, match="2"):
         train(folder, "--resume", folder / FOUR, *given.split())
     (error,) = capsys.readouterr().err.splitlines()
-    message = (
-        f"{given}( True)? contradicts {folder / FOUR}, whose run has {stored}; leave it out(, or .* --init-from |$)"
-    )
+    message = f"{given}( True)? contradicts {folder / FOUR}, whose run has {stored}; leave it out(, or .* --init-from |$)"
     assert re.search(message, error)
     assert contents(folder) == before
 
@@ -127,10 +146,14 @@ def test_only_the_newest_file_is_moved(
     ]
     assert lines[-1].endswith(f"--checkpoint {tmp_path / 'new' / FOUR}")
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith(f"Warning: {tmp_path / 'new' / BEST} does not hold the best epoch so far: ")
+    assert warning.startswith(
+        f"Warning: {tmp_path / 'new' / BEST} does not hold the best epoch so far: "
+    )
 
 
-def test_resume_takes_the_newest_intact_file(train: Callable, folder: Path, capsys: CaptureFixture) -> None:
+def test_resume_takes_the_newest_intact_file(
+    train: Callable, folder: Path, capsys: CaptureFixture
+) -> None:
     expected = load_all(folder)
     (folder / FOUR).write_bytes((folder / FOUR).read_bytes()[:-100])
     (folder / THREE).write_bytes(b"")
@@ -151,10 +174,15 @@ def test_resume_never_starts_from_scratch(train: Callable, folder: Path, tmp_pat
     with raises(ScriptError, match="Leave out --resume") as failure:
         train(folder, "--resume")
     assert all(str(path) in str(failure.value) for path in folder.glob("*.pth"))
-    with raises(ScriptError, match=rf"^cannot resume in {missing}: there is no checkpoint\. Leave out --resume"):
+    with raises(
+        ScriptError,
+        match=rf"^cannot resume in {missing}: there is no checkpoint\. Leave out --resume",
+    ):
         train(missing, "--resume")
     for path, reason in ((missing / ONE, "No such file or directory"), (folder, "Is a directory")):
-        with raises(ScriptError, match=f"^{path} is not an intact checkpoint: {reason}; name another file$"):
+        with raises(
+            ScriptError, match=f"^{path} is not an intact checkpoint: {reason}; name another file$"
+        ):
             train(missing, "--resume", path)
     assert contents(tmp_path) == before
 
@@ -166,14 +194,21 @@ def test_the_old_format_resumes(train: Callable, folder: Path) -> None:
     unknown |= {"val_size", "lr_scheduler", "augment", "weight_decay"}
     for path in folder.glob("*.pth"):
         checkpoint = load_checkpoint(path)
-        torch.save({key: checkpoint[key] for key in checkpoint.keys() - unknown} | {"compile": False}, path)
+        torch.save(
+            {key: checkpoint[key] for key in checkpoint.keys() - unknown} | {"compile": False}, path
+        )
     assert len(rows(train(folder, "--resume"))) == 1
     assert_same(load_checkpoint(folder / FOUR), expected)
 
 
-def test_an_interrupt_gives_the_command_to_go_on(train: Callable, folder: Path, tmp_path: Path) -> None:
+def test_an_interrupt_gives_the_command_to_go_on(
+    train: Callable, folder: Path, tmp_path: Path
+) -> None:
     go_on = "to go on: python train_test_mnist.py --resume"
-    with patch("os.fsync", side_effect=[None, KeyboardInterrupt]), raises(KeyboardInterrupt) as stop:
+    with (
+        patch("os.fsync", side_effect=[None, KeyboardInterrupt]),
+        raises(KeyboardInterrupt) as stop,
+    ):
         train(tmp_path)  # until its first file is in place
     assert stop.value.advice == f"{go_on} {tmp_path / ONE}"
     for options in (["--resume"], ["--resume", folder / FOUR], []):
@@ -182,10 +217,14 @@ def test_an_interrupt_gives_the_command_to_go_on(train: Callable, folder: Path, 
             raises(KeyboardInterrupt) as stop,
         ):
             train(folder, "--epochs", 9, *options)
-        assert stop.value.advice == (f"{go_on} '{folder / FOUR}'" if options else "nothing was saved yet")
+        assert stop.value.advice == (
+            f"{go_on} '{folder / FOUR}'" if options else "nothing was saved yet"
+        )
 
 
-def test_deterministic_is_the_same(train: Callable, folder: Path, tmp_path: Path, request: FixtureRequest) -> None:
+def test_deterministic_is_the_same(
+    train: Callable, folder: Path, tmp_path: Path, request: FixtureRequest
+) -> None:
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     train(tmp_path, "--deterministic", *FOUR_EPOCHS)
     assert torch.are_deterministic_algorithms_enabled()
@@ -194,20 +233,32 @@ def test_deterministic_is_the_same(train: Callable, folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("kept", [{ONE, FOUR, BEST, LOG, CURVES}, {BEST}, {LOG}, {CURVES}])
-def test_a_new_run_moves_the_files_of_earlier_ones(kept: set[str], train: Callable, tmp_path: Path) -> None:
+def test_a_new_run_moves_the_files_of_earlier_ones(
+    kept: set[str], train: Callable, tmp_path: Path
+) -> None:
     for name in kept:
         (tmp_path / name).write_bytes(b"dear")
     (tmp_path / "notes.txt").write_text("mine")
     for number, moved in ((1, kept), (2, {ONE, BEST, LOG})):
         line = f"Moved {len(moved)} files of an earlier run to {tmp_path / f'earlier_run_{number}'}"
-        assert [each for each in train(tmp_path, "--epochs", 1).splitlines() if "Moved" in each] == [line]
+        assert [
+            each for each in train(tmp_path, "--epochs", 1).splitlines() if "Moved" in each
+        ] == [line]
         assert contents(tmp_path / f"earlier_run_{number}").keys() == moved
     assert set(contents(tmp_path / "earlier_run_1").values()) == {b"dear"}
     assert {path.name for path in tmp_path.glob("*.*")} == {ONE, BEST, LOG, "notes.txt", ".lock"}
 
 
 def test_only_the_names_of_epochs_count(train: Callable, folder: Path) -> None:
-    numbers = ["1_backup", "007", "0", "9 (1)", "10.old", "+9", "٩"]  # the last one is a nine, but not in ASCII
+    numbers = [
+        "1_backup",
+        "007",
+        "0",
+        "9 (1)",
+        "10.old",
+        "+9",
+        "٩",
+    ]  # the last one is a nine, but not in ASCII
     others = {f"mnist_model_epoch_{number}.pth": b"dear" for number in numbers}
     for name, data in others.items():
         (folder / name).write_bytes(data)
@@ -222,14 +273,18 @@ def test_only_the_names_of_epochs_count(train: Callable, folder: Path) -> None:
     assert others.items() <= contents(folder).items()
 
 
-def test_resuming_an_old_epoch_moves_the_later_ones(train: Callable, accuracies: list[float], tmp_path: Path) -> None:
+def test_resuming_an_old_epoch_moves_the_later_ones(
+    train: Callable, accuracies: list[float], tmp_path: Path
+) -> None:
     accuracies += [60.0, 50.0, 70.0, 65.0]
     train(tmp_path, "--epochs", 4)
     (tmp_path / CURVES).write_bytes(b"curves")
     before, aside = contents(tmp_path), tmp_path / "earlier_run_1"
     accuracies += [55.0, 65.0]
     output = train(tmp_path, "--resume", tmp_path / TWO, "--epochs", 3)
-    assert [line for line in output.splitlines() if "Moved" in line] == [f"Moved 5 files of an earlier run to {aside}"]
+    assert [line for line in output.splitlines() if "Moved" in line] == [
+        f"Moved 5 files of an earlier run to {aside}"
+    ]
     assert contents(aside) == {name: before[name] for name in (THREE, FOUR, BEST, LOG, CURVES)}
     after = load_all(tmp_path)
     assert after.keys() == {ONE, TWO, THREE, BEST}
@@ -237,7 +292,11 @@ def test_resuming_an_old_epoch_moves_the_later_ones(train: Callable, accuracies:
     assert after[THREE]["best_test_accuracy"] == 60
     assert (tmp_path / LOG).read_text().count("\n") == 4
     train(tmp_path, "--resume", tmp_path / ONE, "--epochs", 2)
-    assert contents(tmp_path / "earlier_run_2").keys() == {TWO, THREE, LOG}  # the best one is not later
+    assert contents(tmp_path / "earlier_run_2").keys() == {
+        TWO,
+        THREE,
+        LOG,
+    }  # the best one is not later
     assert load_checkpoint(tmp_path / BEST)["test_accuracy"] == 65
 
 
@@ -247,7 +306,10 @@ def test_the_best_file_is_restored(
     damage: Callable, epochs: int, train: Callable, accuracies: list[float], tmp_path: Path
 ) -> None:
     accuracies += [50.0, 40.0, 70.0, 70.0]  # the last is not better than the one before
-    with raises(KeyboardInterrupt), patch("os.fsync", side_effect=[None] * 11 + [KeyboardInterrupt]):
+    with (
+        raises(KeyboardInterrupt),
+        patch("os.fsync", side_effect=[None] * 11 + [KeyboardInterrupt]),
+    ):
         train(tmp_path, "--epochs", 3)  # its sixth file is the third epoch's
     assert load_all(tmp_path)[BEST]["epoch"] == 1
     assert (tmp_path / LOG).read_text().count("\n") == 3  # two epochs
@@ -268,7 +330,11 @@ def test_the_best_file_is_restored(
         ([], pickle.dumps(Bomb()), ""),
         ([], torch.ones(3), ""),
         ([], [1, 2], "another program's and has no model_name, .*, epoch, "),
-        ([], {"module.weight": torch.ones(3)}, "another program's and has no model_name, .*, epoch, "),
+        (
+            [],
+            {"module.weight": torch.ones(3)},
+            "another program's and has no model_name, .*, epoch, ",
+        ),
         (["extra"], Bomb(), "more than tensors"),
         (["epoch"], "four", ""),
         (["best_test_accuracy"], torch.nan, "not finite"),
@@ -277,7 +343,9 @@ def test_the_best_file_is_restored(
         (["optimizer_state_dict", "state", 0, "momentum_buffer"], torch.ones(3), "another model's"),
     ],
 )
-def test_wrong_content(place: list, value: object, reason: str, folder: Path, monkeypatch: MonkeyPatch) -> None:
+def test_wrong_content(
+    place: list, value: object, reason: str, folder: Path, monkeypatch: MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
     path, files = folder / FOUR, contents(folder).keys()
     content = load_checkpoint(path) if place else value
@@ -306,14 +374,28 @@ def test_flipped_bits_and_cut_files(folder: Path) -> None:
         borders = [*(part.header_offset for part in archive.infolist()), archive.start_dir]
         assert archive.infolist()[0].filename.endswith("data.pkl")
     weights = data.index(expected["model_state_dict"][LAST].numpy().tobytes())
-    for place, bit in ((weights, 0), (data.rindex(b"archive/data/5") - 8, 4)):  # this one marks a part as a folder
+    for place, bit in (
+        (weights, 0),
+        (data.rindex(b"archive/data/5") - 8, 4),
+    ):  # this one marks a part as a folder
         flip(place, bit)
         assert_refused(path, "it is damaged")
-    for script, option in (("train_test_mnist.py", "--resume"), ("analyze_model.py", "--checkpoint")):
-        assert_one_line(run(script, option, path), f"{script}: error: {path} is not an intact checkpoint: ", "damaged")
+    for script, option in (
+        ("train_test_mnist.py", "--resume"),
+        ("analyze_model.py", "--checkpoint"),
+    ):
+        assert_one_line(
+            run(script, option, path),
+            f"{script}: error: {path} is not an intact checkpoint: ",
+            "damaged",
+        )
     ranges = [*itertools.pairwise(borders)] * 3
     ranges += [(begin, begin + 30) for begin in draw.sample(borders, 30)]  # headers
-    ranges += [(0, borders[1]), (borders[-1], len(data)), (0, len(data))] * 60  # pickle, directory, anywhere
+    ranges += [
+        (0, borders[1]),
+        (borders[-1], len(data)),
+        (0, len(data)),
+    ] * 60  # pickle, directory, anywhere
     for begin, end in ranges:
         flip(draw.randrange(begin, end), draw.randrange(8))
         try:
@@ -322,7 +404,11 @@ def test_flipped_bits_and_cut_files(folder: Path) -> None:
             refused += 1
     assert len(ranges) >= 300
     assert refused > len(ranges) / 2
-    for length in (*range(50), *draw.sample(range(len(data)), 40), *range(len(data) - 10, len(data))):
+    for length in (
+        *range(50),
+        *draw.sample(range(len(data)), 40),
+        *range(len(data) - 10, len(data)),
+    ):
         path.write_bytes(data[:length])
         assert_refused(path)
 
@@ -330,7 +416,10 @@ def test_flipped_bits_and_cut_files(folder: Path) -> None:
 def test_a_run_holds_its_folder(train: Callable, folder: Path, monkeypatch: MonkeyPatch) -> None:
     def enter(*args: object) -> None:
         for options in ([], ["--resume"]):
-            with raises(ScriptError, match=f"^another run is using {folder}; wait for its end, or choose another"):
+            with raises(
+                ScriptError,
+                match=f"^another run is using {folder}; wait for its end, or choose another",
+            ):
                 train(folder, *options)
         assert len(load_all(folder)) == 5  # readers may read
         raise KeyboardInterrupt
@@ -355,7 +444,9 @@ def test_a_move_that_was_killed_is_finished(train: Callable, folder: Path) -> No
         train(folder, "--epochs", 1)
     assert moved[:3] == [FOUR, THREE, TWO]  # what is left is a run that can be resumed
     train(folder, "--epochs", 1)
-    assert contents(folder / "earlier_run_1") == {name: before[name] for name in before if name != ".lock"}
+    assert contents(folder / "earlier_run_1") == {
+        name: before[name] for name in before if name != ".lock"
+    }
     assert {path.name for path in folder.iterdir()} == {ONE, BEST, LOG, ".lock", "earlier_run_1"}
 
 
@@ -375,7 +466,8 @@ def test_another_users_run(train: Callable, folder: Path, monkeypatch: MonkeyPat
     folder.chmod(0o1777)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with raises(
-        ScriptError, match=f"^{folder} holds another user's run, which cannot be moved; choose another folder$"
+        ScriptError,
+        match=f"^{folder} holds another user's run, which cannot be moved; choose another folder$",
     ):
         train(folder, "--epochs", 1)
 
@@ -383,7 +475,9 @@ def test_another_users_run(train: Callable, folder: Path, monkeypatch: MonkeyPat
 def test_by_products_cost_no_epoch(
     train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
 ) -> None:
-    monkeypatch.setattr("checkpoints.save_log", Mock(side_effect=ScriptError("cannot write the log")))
+    monkeypatch.setattr(
+        "checkpoints.save_log", Mock(side_effect=ScriptError("cannot write the log"))
+    )
     train(tmp_path, "--epochs", 2)
     train(tmp_path, "--resume", "--epochs", 4)
     assert load_all(tmp_path).keys() == {ONE, TWO, THREE, FOUR, BEST}
@@ -409,19 +503,26 @@ class Unusual(torch.nn.Module):
         self.extra = state
 
 
-def test_what_is_trained_can_be_loaded(train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_what_is_trained_can_be_loaded(
+    train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     monkeypatch.setattr("models.model_classes", lambda: {"Unusual": Unusual})
     monkeypatch.setattr(train_test_mnist, "model_classes", lambda: {"Unusual": Unusual})
     train(tmp_path, "--model", "Unusual", "--epochs", 2)
     assert load_all(tmp_path)[TWO]["model_state_dict"]["_extra_state"] == {"steps": 3}
     train(tmp_path, "--resume", "--epochs", 3)
     monkeypatch.setattr(Unusual, "get_extra_state", lambda self: Path("a"))
-    with raises(ScriptError, match=f"^cannot save {tmp_path / ONE}: the model's state holds more than tensors"):
+    with raises(
+        ScriptError,
+        match=f"^cannot save {tmp_path / ONE}: the model's state holds more than tensors",
+    ):
         train(tmp_path, "--model", "Unusual", "--epochs", 2)
 
 
 @pytest.fixture(params=["No space left on device", "File too large"])
-def full(request: FixtureRequest, tiny_gz: Path, tiny_data: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
+def full(
+    request: FixtureRequest, tiny_gz: Path, tiny_data: Path, tmp_path: Path
+) -> Iterator[tuple[Path, str]]:
     """A disk of 200 kB, or a folder while no file may exceed 20 kB; and what the system will say."""
     folder, limits = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE)
     folder.mkdir()
@@ -447,12 +548,21 @@ def test_a_disk_that_fills_up(full: tuple[Path, str], train: Callable, tiny_gz: 
     assert all(is_original(path.name, path.read_bytes()) for path in folder.glob("MNIST/raw/*"))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(train: Callable, folder: Path, monkeypatch: MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(
+    train: Callable, folder: Path, monkeypatch: MonkeyPatch
+) -> None:
     before = contents(folder)
-    with raises(ScriptError, match=r"^epoch 1: the loss is .*; nothing was saved; try a lower --lr"):
+    with raises(
+        ScriptError, match=r"^epoch 1: the loss is .*; nothing was saved; try a lower --lr"
+    ):
         train(folder, "--lr", 1e25, "--batch-size", 16)
-    monkeypatch.setattr(train_test_mnist, "train_one_epoch", Mock(side_effect=FloatingPointError("the loss is nan")))
-    with raises(ScriptError, match=f"^epoch 5: the loss is nan; the last good checkpoint is {folder / FOUR};"):
+    monkeypatch.setattr(
+        train_test_mnist, "train_one_epoch", Mock(side_effect=FloatingPointError("the loss is nan"))
+    )
+    with raises(
+        ScriptError,
+        match=f"^epoch 5: the loss is nan; the last good checkpoint is {folder / FOUR};",
+    ):
         train(folder, "--resume", "--epochs", 9)
     assert contents(folder) == before
 
@@ -465,7 +575,9 @@ def test_how_soon_training_notices(log_interval: int, batches: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     images, labels = torch.zeros(9, 1), torch.zeros(9, dtype=torch.long)
     with raises(FloatingPointError, match=f"the loss is nan after {batches} batches"):
-        train_test_mnist.train_one_epoch(model, optimizer, None, images, labels, 2, log_interval=log_interval)
+        train_test_mnist.train_one_epoch(
+            model, optimizer, None, images, labels, 2, log_interval=log_interval
+        )
 
 
 def test_evaluation_notices_too() -> None:

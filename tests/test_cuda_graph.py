@@ -63,7 +63,14 @@ def test_the_same_weights_as_without_a_graph(
 def test_resuming_is_exact(train: Callable, recordings: list, tmp_path: Path) -> None:
     train(tmp_path, *OPTIONS, *RECIPES["stronger"])
     whole = load_all(tmp_path)
-    train(tmp_path, "--device", "cuda", "--deterministic", "--resume", tmp_path / "mnist_model_epoch_1.pth")
+    train(
+        tmp_path,
+        "--device",
+        "cuda",
+        "--deterministic",
+        "--resume",
+        tmp_path / "mnist_model_epoch_1.pth",
+    )
     assert len(recordings) == 2
     assert_same(load_all(tmp_path), whole)
 
@@ -112,6 +119,8 @@ def test_what_cannot_be_recorded_trains_as_it_is(
 
 
 def test_a_loss_that_is_no_number(train: Callable, recordings: list, tmp_path: Path) -> None:
-    with pytest.raises(ScriptError, match=r"^epoch 1: the loss is (nan|inf) after \d+ batches; nothing was saved"):
+    with pytest.raises(
+        ScriptError, match=r"^epoch 1: the loss is (nan|inf) after \d+ batches; nothing was saved"
+    ):
         train(tmp_path, *OPTIONS, "--lr", 1e30)
     assert not list(tmp_path.glob("*.pth"))

