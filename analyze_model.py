@@ -7,11 +7,6 @@
 What is known in two ways is compared; if the two differ, the exit status is 1.
 """
 
-if __name__ == "__main__":  # first, because the imports take seconds, in which Ctrl-C may come
-    from utils import end_in_one_line
-
-    end_in_one_line()
-
 import argparse
 import dataclasses
 import json
@@ -24,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from checkpoints import load_checkpoint
-from download_mnist import load_mnist
+from mnist_data import default_batch_size, load_mnist
 from model_runs import (
     CostRun,
     FieldRun,
@@ -38,7 +33,7 @@ from model_runs import (
 from models import build_model, default_model_name, find_model_name, model_classes
 from pictures import draw_receptive_fields, require_matplotlib
 from receptive_fields import MISMATCH, Axis
-from utils import ScriptError, default_batch_size, device_type, number_type, path_type, run_script
+from utils import ScriptError, device_type, number_type, path_type, run_script
 
 LAYERS_LEGEND = """\
 weight bias total  parameters; those that several layers share count for the first

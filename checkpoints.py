@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from model_check import ChangedModelError, check_states
-from utils import ScriptError, make_folder, write_file
+from utils import ScriptError, write_file
 
 NOT_PLAIN = "more than tensors, numbers and text"
 BEST, LOG, CURVES = "best_mnist_model.pth", "training_log.csv", "training_curves.png"
@@ -162,7 +162,7 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
 @contextlib.contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder while this process lives; raise ScriptError if one is using it already."""
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         with contextlib.suppress(NotImplementedError):  # the file system has no locks

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils import ScriptError, first_line
+from utils import ScriptError, describe_error
 
 FORMATS = "PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"
 MAX_PIXELS, MAX_JPEG_PIXELS, MAX_SIDE = 89_000_000, 256_000_000, 2000
@@ -52,7 +52,9 @@ def read_picture(source: Path | bytes) -> np.ndarray:
     except Exception as error:  # whatever a decoder raises
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = (
-            "no known format" if unknown else getattr(error, "strerror", None) or first_line(error)
+            "no known format"
+            if unknown
+            else getattr(error, "strerror", None) or describe_error(error)
         )
         raise ScriptError(
             f"cannot be read: {reason}; name a picture saved as PNG or JPEG"

@@ -8,11 +8,6 @@ Intact files are left alone; damaged ones are replaced. In the end there are fou
     data/MNIST/raw/train-images-idx3-ubyte: 47,040,016 bytes, SHA-256 verified
 """
 
-if __name__ == "__main__":  # first, because the imports take seconds, in which Ctrl-C may come
-    from utils import end_in_one_line
-
-    end_in_one_line()
-
 import argparse
 import contextlib
 import gzip
@@ -34,11 +29,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from utils import ScriptError, make_folder, path_type, run_script, write_file
+from utils import ScriptError, path_type, run_script, write_file
 
 FILES = {  # uncompressed size in bytes and SHA-256
     "train-images-idx3-ubyte": (
@@ -75,7 +68,7 @@ def download_mnist(data_dir: str | Path, source: str | None = None) -> Path:
     origin has it or if the folder cannot be used.
     """
     raw = Path(data_dir) / "MNIST" / "raw"
-    make_folder(raw)
+    raw.mkdir(parents=True, exist_ok=True)
     missing = [
         name
         for name in FILES
@@ -119,49 +112,6 @@ def keep_other_file(path: Path) -> None:
         free = (path.with_name(f"{path.name}.other_{n}") for n in itertools.count(1))
         kept = path.rename(next(other for other in free if not other.exists()))
         print(f"{path} was not MNIST's file; it is kept as {kept.name}")
-
-
-def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return normalised images (N, 1, 28, 28), float32, and labels (N,), int64, on the device.
-
-    Raises ScriptError if the files are missing or damaged.
-    """
-    folder, part = Path(data_dir, "MNIST", "raw"), "train" if train else "t10k"
-    try:
-        # NumPy reads the files because torchvision takes as long to import as torch itself
-        pixels = np.fromfile(folder / f"{part}-images-idx3-ubyte", np.uint8, offset=16).reshape(
-            -1, 1, 28, 28
-        )
-        labels = np.fromfile(folder / f"{part}-labels-idx1-ubyte", np.uint8, offset=8)
-    except (OSError, ValueError) as error:
-        raise ScriptError(
-            f"cannot read MNIST in {folder}: {error}; run download_mnist.py first"
-        ) from error
-    return normalize(torch.from_numpy(pixels).to(device)), torch.from_numpy(labels).to(
-        device
-    ).long()
-
-
-def normalize(pixels: Tensor) -> Tensor:
-    """Return pixels of 0 to 255 as float32, minus the mean of the training pixels, divided by their deviation."""
-    return pixels.float().div_(255).sub_(0.1307).div_(0.3081)
-
-
-def hold_out(
-    images: Tensor, labels: Tensor, size: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Split images (N, 1, 28, 28) with labels (N,) into a set to train on and one of `size` images to validate on.
-
-    Each digit gives its last images, as many as its share of all; no seed changes the choice.
-    """
-    counts = labels.bincount(minlength=10)
-    exact = counts.cpu().double() * size / len(labels)
-    shares = exact.floor().long()
-    shares[(exact - shares).argsort(descending=True, stable=True)[: size - int(shares.sum())]] += 1
-    held_out = torch.zeros_like(labels, dtype=torch.bool)
-    for digit in range(10):
-        held_out[(labels == digit).nonzero().flatten()[counts[digit] - shares[digit] :]] = True
-    return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
 
 
 def is_original(name: str, data: bytes) -> bool:

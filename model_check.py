@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import build_model
-from utils import ScriptError, describe_error, first_line
+from utils import ScriptError, describe_error
 
 
 def check_model(
@@ -27,7 +27,7 @@ def check_model(
         )
     except RuntimeError as error:
         raise ScriptError(
-            f"cannot train with --amp on {images.device}: {first_line(error)}; leave it out"
+            f"cannot train with --amp on {images.device}: {describe_error(error)}; leave it out"
         ) from error
     model = build_model(name).to(images.device)
     model.load_state_dict(state)

@@ -26,7 +26,7 @@ from receptive_fields import (
     slide,
 )
 from replays import Call, follow_call, map_tensors, probe, results_of, tensors_in
-from utils import first_line
+from utils import describe_error
 
 try:
     from torch.utils.flop_counter import FlopCounterMode
@@ -99,7 +99,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 def describe_failure(name: str, images: Tensor, error: Exception) -> str:
     """Say in one line what fails on the images."""
     height, width = images.shape[2:]
-    return f"{name} fails on images of {height}x{width}: {first_line(error)}"
+    return f"{name} fails on images of {height}x{width}: {describe_error(error)}"
 
 
 @torch.no_grad()
@@ -360,7 +360,7 @@ class FieldRun(TorchFunctionMode):
         try:
             found, passes = follow_call(call, sources)
         except Exception as error:  # whatever a function or a module does not like about a replay
-            return [f"it refuses a replay: {first_line(error)}"] * count
+            return [f"it refuses a replay: {describe_error(error)}"] * count
         finally:
             self.replaying = False
         self.nan_passes &= passes
@@ -418,7 +418,7 @@ def find_wrong_maps(fields: FieldRun) -> tuple[list[str] | None, str]:
     try:
         dependence = next(probe(call, images, image_map(size), run))
     except Exception as error:  # whatever a user's forward raises in float64
-        return None, f"in float64, {first_line(error)}"
+        return None, f"in float64, {describe_error(error)}"
     wrong = []
     for (name, known), seen in zip(followed, dependence, strict=True):
         if isinstance(seen, str) or not agrees(known, seen, fields.nan_passes):

@@ -8,11 +8,6 @@
 The model is the best one of the last training, unless --checkpoint names another.
 """
 
-if __name__ == "__main__":  # first, because the imports take seconds, in which Ctrl-C may come
-    from utils import end_in_one_line
-
-    end_in_one_line()
-
 import argparse
 import contextlib
 import json
@@ -31,14 +26,13 @@ from torch import Tensor, nn
 
 from checkpoints import BEST, load_checkpoint
 from digit_images import prepare_digit, read_picture
-from download_mnist import load_mnist, normalize
+from mnist_data import load_mnist, normalize
 from models import build_model
 from pictures import draw_mistakes, require_matplotlib
 from utils import (
     ScriptError,
     describe_error,
     device_type,
-    make_folder,
     number_type,
     path_type,
     run_script,
@@ -230,7 +224,7 @@ def main() -> None:
     if args.plot:
         require_matplotlib()
     if args.save_prepared:
-        make_folder(args.save_prepared)
+        args.save_prepared.mkdir(parents=True, exist_ok=True)
     if not args.checkpoint.exists():
         raise ScriptError(
             f"there is no {args.checkpoint}: train a model first, with python train_test_mnist.py"

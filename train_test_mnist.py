@@ -12,11 +12,6 @@ The first command's output on 2 CPU cores with torch 2.15.0:
        20       0.0253    99.21 %       0.0259    99.16 %    99.21 %      15.9
 """
 
-if __name__ == "__main__":  # first, because the imports take seconds, in which Ctrl-C may come
-    from utils import end_in_one_line
-
-    end_in_one_line()
-
 import argparse
 import contextlib
 import math
@@ -37,12 +32,12 @@ from tqdm import tqdm
 import checkpoints
 import pictures
 from cuda_graph import graphed
-from download_mnist import download_mnist, hold_out, load_mnist
+from download_mnist import download_mnist
+from mnist_data import augment, default_batch_size, hold_out, load_mnist
 from model_check import check_model
 from models import build_model, default_model_name, find_model_name, model_classes
 from utils import (
     ScriptError,
-    default_batch_size,
     device_type,
     keep_freed_memory,
     number_type,
@@ -285,27 +280,6 @@ def run(args: argparse.Namespace, recipe: dict, resumed: dict | None) -> None:
 def seed_epoch(seed: int, epoch: int) -> None:
     """Restart torch's random numbers, so that an epoch's shuffle and dropout depend on these two alone."""
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-
-
-def augment(images: Tensor) -> Tensor:
-    """Return images (N, 1, 28, 28), each rotated, sheared, scaled and shifted at random.
-
-    By up to 10 degrees, 10 degrees, 10 % and 3 pixels. What comes in over the edge has the edge's colour. The
-    interpolation is bicubic because bilinear interpolation blurs thin strokes.
-    """
-    count, device = len(images), images.device
-    angle, shear = torch.empty(2, count, device=device).uniform_(
-        -math.radians(10), math.radians(10)
-    )
-    scale = torch.empty(count, 1, 2, device=device).uniform_(0.9, 1.1)
-    shift = (
-        torch.empty(count, 2, 1, device=device).uniform_(-3, 3) / 14
-    )  # an image reaches from -1 to 1
-    sheared = torch.stack(
-        [angle.cos(), shear.tan() - angle.sin(), angle.sin(), angle.cos()], 1
-    ).view(count, 2, 2)
-    grid = F.affine_grid(torch.cat([sheared * scale, shift], 2), images.shape, align_corners=False)
-    return F.grid_sample(images, grid, "bicubic", padding_mode="border", align_corners=False)
 
 
 def format_row(row: dict, best: dict) -> str:

@@ -30,10 +30,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cuda_graph import graphed  # noqa: E402
-from download_mnist import download_mnist, load_mnist  # noqa: E402 - found through the line above
+from download_mnist import download_mnist  # noqa: E402 - found through the line above
+from mnist_data import default_batch_size, load_mnist  # noqa: E402
 from models import build_model, find_model_name, model_classes  # noqa: E402
 from train_test_mnist import evaluate, train_one_epoch, train_step  # noqa: E402
-from utils import default_batch_size, device_type, keep_freed_memory, number_type, run_script  # noqa: E402
+from utils import device_type, keep_freed_memory, number_type, run_script  # noqa: E402
 
 TRAIN_IMAGES, TEST_IMAGES, TEST_BATCH = 60000, 10000, 250
 Work = Callable[[int], None]  # takes that many training steps, or tests that many batches

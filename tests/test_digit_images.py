@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 import digit_images
 from checkpoints import load_checkpoint
 from digit_images import prepare_digit, read_picture
-from download_mnist import load_mnist, normalize
+from mnist_data import load_mnist, normalize
 from models import Model5
 from predict_digits import predict
 from utils import ScriptError

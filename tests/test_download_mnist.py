@@ -36,6 +36,7 @@ from conftest import (
 from pytest import CaptureFixture, MonkeyPatch, raises
 
 import download_mnist as dm
+import mnist_data
 from utils import ScriptError
 
 NAMES, CPU = list(dm.FILES), torch.device("cpu")
@@ -373,7 +374,7 @@ def test_real_mnist(real_data: Path) -> None:
     result = run("download_mnist.py", "--data-dir", real_data)
     assert result.returncode == 0, result.stderr
     assert f"{NAMES[0]}: 47,040,016 bytes, SHA-256 verified" in result.stdout
-    images, labels = dm.load_mnist(real_data, train=True, device=CPU)
+    images, labels = mnist_data.load_mnist(real_data, train=True, device=CPU)
     assert images.shape == (60000, 1, 28, 28)
     assert labels.bincount().tolist() == [
         5923,
@@ -397,7 +398,7 @@ def test_images_are_what_torchvision_would_give(train: bool, count: int, tiny_da
         torchvision.transforms.Normalize((0.1307,), (0.3081,)),
     ]
     dataset = torchvision.datasets.MNIST(tiny_data, train, torchvision.transforms.Compose(steps))
-    images, labels = dm.load_mnist(tiny_data, train, CPU)
+    images, labels = mnist_data.load_mnist(tiny_data, train, CPU)
     assert (images.shape, images.dtype, labels.dtype) == (
         (count, 1, 28, 28),
         torch.float32,
@@ -410,7 +411,7 @@ def test_images_are_what_torchvision_would_give(train: bool, count: int, tiny_da
 def test_held_out_images() -> None:
     labels = torch.tensor([0] * 50 + [1] * 25 + [2] * 20 + [3] * 5)[torch.randperm(100)]
     images = torch.arange(100.0).view(-1, 1, 1, 1)
-    (kept, kept_labels), (held, held_labels) = dm.hold_out(images, labels, 30)
+    (kept, kept_labels), (held, held_labels) = mnist_data.hold_out(images, labels, 30)
     assert held_labels.bincount().tolist() == [
         15,
         8,

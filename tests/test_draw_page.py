@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from pytest import CaptureFixture, MonkeyPatch
 
 from checkpoints import load_checkpoint
-from download_mnist import normalize
+from mnist_data import normalize
 from models import Model5
 from predict_digits import PageRequest, predict, serve_page
 from utils import ScriptError

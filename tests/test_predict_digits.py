@@ -13,7 +13,7 @@ from torch import nn
 import models
 import predict_digits
 from checkpoints import BEST
-from download_mnist import load_mnist
+from mnist_data import load_mnist
 from predict_digits import format_mistakes, worst_mistakes
 from utils import ScriptError
 

@@ -24,7 +24,6 @@ from conftest import FOUR_EPOCHS, ON_TINY_MNIST, ROOT, assert_same, load_all
 from pytest import CaptureFixture, MonkeyPatch, approx, raises
 from torch import Tensor, nn
 
-import download_mnist as dm
 import train_test_mnist as tt
 from checkpoints import BEST, load_checkpoint
 from models import Model5, build_model
@@ -202,7 +201,7 @@ class TestTraining:
         assert read_log(tmp_path) == read_log(tmp_path / "earlier_run_1") == log
         model, test_set = (
             build_model("Model5"),
-            dm.load_mnist(tiny_data, train=False, device=torch.device("cpu")),
+            mnist_data.load_mnist(tiny_data, train=False, device=torch.device("cpu")),
         )
         for checkpoint in whole.values():  # what is saved is what was tested
             model.load_state_dict(checkpoint["model_state_dict"])
@@ -414,7 +413,7 @@ class TestTraining:
         image = torch.full((1, 1, 28, 28), -0.4)
         image[0, 0, 14, 20] = 3.0  # 6.5 pixels right of the centre
         torch.manual_seed(0)
-        images = tt.augment(image.expand(2000, -1, -1, -1))
+        images = mnist_data.augment(image.expand(2000, -1, -1, -1))
         assert images.shape == (2000, 1, 28, 28)
         weights = (images[:, 0] + 0.4).clamp(min=0)  # bicubic interpolation undershoots
         assert (weights[:, :, :10] < 1e-6).all()  # the background stays
@@ -429,7 +428,7 @@ class TestTraining:
         images[..., 14] = 1.0
         torch.manual_seed(0)
         assert (
-            tt.augment(images)[:, 0, 10:18].amax(2).mean() > 0.8
+            mnist_data.augment(images)[:, 0, 10:18].amax(2).mean() > 0.8
         )  # with bilinear interpolation 0.75
 
     def test_augmentation_is_none_at_zero(self, monkeypatch: MonkeyPatch) -> None:
@@ -437,7 +436,7 @@ class TestTraining:
             torch.Tensor, "uniform_", lambda self, low, high: self.fill_((low + high) / 2)
         )
         images = torch.randn(3, 1, 28, 28)
-        assert torch.allclose(tt.augment(images), images, atol=1e-4)
+        assert torch.allclose(mnist_data.augment(images), images, atol=1e-4)
 
     def test_defaults_are_the_recipe(self, monkeypatch: MonkeyPatch) -> None:
         args, recipe, checkpoint = parse("--device", "cpu")
