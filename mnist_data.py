@@ -12,6 +12,7 @@ from utils import ScriptError
 
 IMAGE_SIDE = 28  # pixels; with 32, images get a border of 2 black pixels, as LeNet-5 expects them
 CLASSES = 10
+ImageSet = tuple[Tensor, Tensor]  # images and their labels
 
 
 def default_batch_size(device: torch.device) -> int:
@@ -19,10 +20,11 @@ def default_batch_size(device: torch.device) -> int:
     return 64 if device.type == "cpu" else 128
 
 
-def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return normalised images (N, 1, 28, 28), float32, and labels (N,), int64, on the device.
+def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> ImageSet:
+    """Return the training or test images, normalised, and their labels, both on the device.
 
-    Raises ScriptError if the files are missing or damaged.
+    Images are (N, 1, IMAGE_SIDE, IMAGE_SIDE), float32; labels are (N,), int64. Raises ScriptError
+    if the files are missing or damaged.
     """
     folder = Path(data_dir, "MNIST", "raw")
     part = "train" if train else "t10k"
@@ -36,53 +38,61 @@ def load_mnist(data_dir: str | Path, train: bool, device: torch.device) -> tuple
             f"cannot read MNIST in {folder}: {error}; run download_mnist.py first"
         ) from error
     images = normalize(torch.from_numpy(pixels).to(device))
-    return images, torch.from_numpy(labels).to(device).long()
+    return images, torch.from_numpy(labels).to(device, torch.int64)
 
 
 def normalize(pixels: Tensor) -> Tensor:
     """Return images (N, 1, IMAGE_SIDE, IMAGE_SIDE), float32, as the networks expect them.
 
-    `pixels` (N, 1, H, W) are 0 to 255, white on black. They get a black border if IMAGE_SIDE is
-    larger; then the mean of MNIST's training pixels is subtracted, and their deviation divides.
+    `pixels` (N, 1, H, H) are 0 to 255, white on black. They get a black border if IMAGE_SIDE is
+    larger. Then the mean of MNIST's training pixels is subtracted, and their deviation divides.
     """
     border = (IMAGE_SIDE - pixels.shape[-1]) // 2
     return F.pad(pixels, [border] * 4).float().div_(255).sub_(0.1307).div_(0.3081)
 
 
-def hold_out(
-    images: Tensor, labels: Tensor, size: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Split images (N, 1, 28, 28) with labels (N,) into a training and a validation set.
+def hold_out(images: Tensor, labels: Tensor, size: int) -> tuple[ImageSet, ImageSet]:
+    """Split images (N, 1, H, W) with labels (N,) into a training and a validation set.
 
     The validation set takes the last images of each digit, `size` in all, each digit in proportion
     to its share of all. It is the same for every seed.
     """
-    counts = labels.bincount(minlength=CLASSES)
-    exact = counts.cpu().double() * size / len(labels)
-    shares = exact.floor().long()
-    largest_remainders = (exact - shares).argsort(descending=True, stable=True)
-    shares[largest_remainders[: size - int(shares.sum())]] += 1
-    held_out = torch.zeros_like(labels, dtype=torch.bool)
-    for digit in range(CLASSES):
-        of_digit = (labels == digit).nonzero().flatten()
-        held_out[of_digit[counts[digit] - shares[digit] :]] = True
-    return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
+    counts = labels.cpu().bincount(minlength=CLASSES)
+    exact = counts.double() * size / len(labels)
+    shares = exact.long()
+    by_remainder = (shares - exact).argsort(stable=True)  # the largest first
+    shares[by_remainder[: size - shares.sum()]] += 1
+
+    kept = torch.ones_like(labels, dtype=torch.bool)
+    for digit, share in enumerate(shares):
+        positions = torch.where(labels == digit)[0]
+        kept[positions[len(positions) - share :]] = False
+    return (images[kept], labels[kept]), (images[~kept], labels[~kept])
 
 
 def augment(images: Tensor) -> Tensor:
-    """Return images (N, 1, H, W), each rotated, sheared, scaled and shifted at random.
+    """Return square images (N, 1, H, H), each rotated, sheared, scaled and shifted at random.
 
     By up to 10 degrees, 10 degrees, 10 % and 3 pixels. Pixels from outside repeat the edge. The
     interpolation is bicubic because bilinear interpolation blurs thin strokes.
     """
-    count, device = len(images), images.device
+    count = len(images)
     most = math.radians(10)
-    angle, shear = torch.empty(2, count, device=device).uniform_(-most, most)
-    scale = torch.empty(count, 1, 2, device=device).uniform_(0.9, 1.1)
-    shift = torch.empty(count, 2, 1, device=device).uniform_(-3, 3)
-    shift = shift / (images.shape[-1] / 2)  # because affine_grid puts the edges at -1 and 1
-    # Rotation plus shear, which for such small angles is nearly their product
-    cosine, sine = angle.cos(), angle.sin()
+    angle, shear = images.new_empty(2, count).uniform_(-most, most)
+    scale = images.new_empty(count, 1, 2).uniform_(0.9, 1.1)
+    shift = images.new_empty(count, 2, 1).uniform_(-3, 3)
+    shift /= images.shape[-1] / 2  # because affine_grid puts the edges at -1 and 1
+
+    # Rotation plus shear, not rotation times shear: for small angles they differ little, and the
+    # README's figures were measured with the sum
+    cosine = angle.cos()
+    sine = angle.sin()
     matrix = torch.stack([cosine, shear.tan() - sine, sine, cosine], 1).view(count, 2, 2)
     grid = F.affine_grid(torch.cat([matrix * scale, shift], 2), images.shape, align_corners=False)
-    return F.grid_sample(images, grid, "bicubic", padding_mode="border", align_corners=False)
+    return F.grid_sample(
+        images,
+        grid,
+        "bicubic",
+        padding_mode="border",
+        align_corners=False,
+    )
