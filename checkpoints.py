@@ -1,22 +1,22 @@
 """What a training run leaves in its folder, and how the next run finds it.
 
-1. From start to end a run holds its folder, so that no other run writes there; what is not a run's stays as it is.
-2. After epoch X it writes mnist_model_epoch_X.pth, always whole, and best_mnist_model.pth if X is its best so far.
-3. Just before it writes the first it moves the files of an earlier run to earlier_run_N, so nothing is overwritten.
-4. A resumed run goes on in the folder of its checkpoint, moves the files of later epochs to earlier_run_N first, and
-   ends with the files of a run that was never interrupted.
-5. Every checkpoint holds the whole run so far; training_log.csv and training_curves.png are made from it.
+1. The folder is locked during a run. Files that no run has written are left alone.
+2. After epoch X the run writes mnist_model_epoch_X.pth, always whole, and best_mnist_model.pth if
+   X is its best epoch so far.
+3. Just before its first file, it moves the files of an earlier run to earlier_run_N, so that
+   nothing is overwritten.
+4. A resumed run goes on in the folder of its checkpoint. It moves the files of later epochs to
+   earlier_run_N first, and ends with the files of a run that was never interrupted.
+5. Every checkpoint holds the whole run so far; training_log.csv and training_curves.png are made
+   from it.
 """
 
 import contextlib
 import csv
 import io
 import itertools
-import math
-import os
 import pickle
 import re
-import stat
 import sys
 import textwrap
 import warnings
@@ -27,95 +27,170 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from model_check import ChangedModelError, check_states
-from utils import ScriptError, write_file
+import pictures
+from models import build_model
+from utils import ScriptError, describe_error, write_file
 
+BEST = "best_mnist_model.pth"
+LOG = "training_log.csv"
+CURVES = "training_curves.png"
 NOT_PLAIN = "more than tensors, numbers and text"
-BEST, LOG, CURVES = "best_mnist_model.pth", "training_log.csv", "training_curves.png"
+ZIP_FOLDER = 0x10  # marks an entry of a zip file as a folder, whose content torch ignores
+
+
+def save_epoch(folder: Path, checkpoint: dict, plot: bool) -> None:
+    """Write all files of an epoch.
+
+    Raises ScriptError if a checkpoint cannot be written. A log or a picture that fails ends no run.
+    """
+    epoch = checkpoint["epoch"]
+    if epoch == 1:
+        set_aside(folder)
+    save_checkpoint(epoch_path(folder, epoch), checkpoint)
+    if checkpoint["best_epoch"] == epoch:
+        save_checkpoint(folder / BEST, checkpoint)
+    try:
+        save_log(folder, checkpoint["history"])
+        if plot:
+            pictures.draw_curves(folder / CURVES, checkpoint["history"], checkpoint["model_name"])
+    except Exception as error:
+        print(f"Warning: {error}", file=sys.stderr)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a dict of tensors and plain values; raise ScriptError if that fails or if it cannot be read again."""
+    """Write a dict of tensors and plain values; raise ScriptError if it could not be read again."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     data = buffer.getvalue()
     try:
         unpack(data)
     except pickle.UnpicklingError as error:
-        raise ScriptError(
-            f"cannot save {path}: the model's state holds {NOT_PLAIN}; see get_extra_state"
-        ) from error
+        problem = f"cannot save {path}: the model's state holds {NOT_PLAIN}"
+        raise ScriptError(f"{problem}; see get_extra_state") from error
     write_file(path, data)
 
 
-def unpack(data: bytes) -> dict:
-    """Return what torch.save has written, on the CPU; nothing in it is executed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.0 warns about what it does itself
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def save_log(path: Path, history: list[dict]) -> None:
+def save_log(folder: Path, history: list[dict]) -> None:
     """Write a line for each epoch of a run as CSV; raise ScriptError if that fails."""
     text = io.StringIO()
     table = csv.DictWriter(text, history[0], lineterminator="\n")
     table.writeheader()
     table.writerows(history)
-    write_file(path, text.getvalue().encode())
+    write_file(folder / LOG, text.getvalue().encode())
 
 
 def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
-    """Return a checkpoint with its tensors on the CPU; raise ScriptError if it is damaged or does not fit its model.
+    """Return a checkpoint with its tensors on the CPU; nothing in the file is executed.
 
-    All content is held against the file's checksums; names, shapes and numbers must be what the model of that name
-    needs, and with `to_resume` also what a run needs to go on. Nothing in the file is executed.
+    Its weights fit the model of its name and are finite; with `to_resume`, it also holds what a run
+    needs to go on. Raises ScriptError if that is not so, or if the file is damaged, and
+    ChangedModelError if it is not so because the class has changed.
     """
     try:
         data = path.read_bytes()
         archive = zipfile.ZipFile(io.BytesIO(data))
-        if archive.testzip() or any(
-            part.external_attr & 0x10 for part in archive.infolist()
-        ):  # torch skips folders
+        entries = archive.infolist()
+        if archive.testzip() or any(each.external_attr & ZIP_FOLDER for each in entries):
             raise ValueError("it is damaged")
         checkpoint = unpack(data)
-        states = ["model_name", "model_state_dict", "optimizer_state_dict"]
-        numbers = ["epoch", "train_accuracy", "test_accuracy", "best_test_accuracy"]
-        if to_resume:
-            states += ["history"]
-            numbers += ["best_epoch", "epochs", "batch_size", "lr", "momentum", "seed"]
-        missing = [key for key in states + numbers if key not in checkpoint]
-        if missing:
-            whose = "it is another program's and" if "model_name" in missing else "it"
-            raise ValueError(f"{whose} has no {', '.join(missing)}")
-        if not all(math.isfinite(checkpoint[key]) for key in numbers):
-            raise ValueError("a number in it is not finite")
-        if epoch_in(path) not in (None, checkpoint["epoch"]):
-            raise ValueError(f"it holds epoch {checkpoint['epoch']}")
-        check_states(checkpoint, to_resume)
-    except ChangedModelError as error:
-        raise ChangedModelError(f"{path} {error}") from error
+        if epoch_in(path) not in (None, checkpoint.get("epoch")):
+            raise ValueError(f"it holds epoch {checkpoint.get('epoch')}")
+        check_content(checkpoint, to_resume)
+    except ScriptError as error:
+        raise type(error)(f"{path} {error}") from error
     except Exception as error:  # a file that is no checkpoint can fail anywhere
-        reason = (
-            getattr(error, "strerror", None)
-            or textwrap.shorten(str(error), 200)
-            or type(error).__name__
-        )
+        reason = describe_error(error)
         if isinstance(error, pickle.UnpicklingError):
             reason = f"it holds {NOT_PLAIN}"
-        raise ScriptError(
-            f"{path} is not an intact checkpoint: {reason}; name another file"
-        ) from error
+        raise ScriptError(f"{path} is not an intact checkpoint: {reason}; name another") from error
     return checkpoint
 
 
+def unpack(data: bytes) -> dict:
+    """Return what torch.save has written, on the CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.0 warns about what it does itself
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+class ChangedModelError(ScriptError):
+    """A checkpoint does not fit the class that it names, because the class has changed."""
+
+
+def check_content(checkpoint: dict, to_resume: bool) -> None:
+    """Raise an exception unless the states fit their class and are finite."""
+    needed = ["model_name", "model_state_dict", "epoch"]
+    remedy = "restore the class, or give the changed one a new name"
+    if to_resume:
+        needed += ["optimizer_state_dict", "best_epoch", "history", "options"]
+        remedy += ", or start anew without --resume"
+    missing = [key for key in needed if key not in checkpoint]
+    if missing:
+        cause = "another program or an older version has saved it"
+        raise ScriptError(f"has no {', '.join(missing)}: {cause}; name another")
+
+    name = checkpoint["model_name"]
+    try:
+        model = build_model(name)
+    except ScriptError as error:
+        raise ChangedModelError(f"was trained with {name}, but {error}; {remedy}") from error
+    change = describe_change(checkpoint.get("architecture", ""), str(model))
+    try:
+        model.load_state_dict(checkpoint["model_state_dict"])
+        if to_resume:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+    except (RuntimeError, ValueError) as error:
+        reason = change or textwrap.shorten(str(error), 300)
+        raise ChangedModelError(f"was trained with another {name}: {reason}; {remedy}") from error
+    if change and to_resume:
+        print(f"Warning: {name} has changed since this run was started: {change}", file=sys.stderr)
+    tensors = [each for each in model.parameters() if each.requires_grad]  # a mask may be infinite
+    if to_resume:
+        for parameter, state in optimizer.state.items():
+            momentum = state.get("momentum_buffer")
+            if momentum is not None:
+                if momentum.shape != parameter.shape:
+                    raise ValueError("its optimizer is another model's")
+                tensors.append(momentum)
+    if not all(tensor.isfinite().all() for tensor in tensors if not tensor.is_sparse):
+        raise ValueError("a weight or a momentum in it is not finite")
+
+
+def describe_change(before: str, now: str) -> str:
+    """Return the first layer that differs between two models, given as str(model).
+
+    Returns nothing if none does, or if `before` is empty.
+    """
+    if not before:
+        return ""
+    pairs = itertools.zip_longest(layers_of(before), layers_of(now), fillvalue="nothing")
+    # A lazy layer changes its name when it is first run
+    changes = (f"{old} is now {new}" for old, new in pairs if old != new and "Lazy" not in new)
+    return next(changes, "")
+
+
+def layers_of(architecture: str) -> list[str]:
+    """Return the lines of str(model) with the full names of their modules."""
+    path = []
+    layers = []
+    pattern = r"^((?:  )+)\((.+?)\): (.+?)\(?$"  # indentation, name and type of a module
+    for indent, name, layer in re.findall(pattern, architecture, re.MULTILINE):
+        path[len(indent) // 2 - 1 :] = [name]
+        layers.append(f"{'.'.join(path)}: {layer}")
+    return layers
+
+
 def load_weights(path: Path, model_name: str) -> dict:
-    """Return the weights in a checkpoint; raise ScriptError if it cannot be loaded, or if they are another model's."""
+    """Return the weights in a checkpoint; raise ScriptError if they are another model's."""
     checkpoint = load_checkpoint(path)
     if checkpoint["model_name"] != model_name:
-        raise ScriptError(
-            f"{path} holds weights of {checkpoint['model_name']}: use --model {checkpoint['model_name']}"
-        )
+        raise ScriptError(f"{path} holds weights of {checkpoint['model_name']}: use that --model")
     return checkpoint["model_state_dict"]
+
+
+def epoch_path(folder: Path, epoch: int) -> Path:
+    return folder / f"mnist_model_epoch_{epoch}.pth"
 
 
 def epoch_in(path: Path) -> int | None:
@@ -124,106 +199,100 @@ def epoch_in(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def epoch_files(folder: Path) -> dict[int, Path]:
-    """Return the checkpoints of single epochs in a folder, oldest first."""
-    return dict(sorted((epoch, path) for path in folder.glob("*.pth") if (epoch := epoch_in(path))))
+def epoch_files(folder: Path, after: int = 0) -> list[Path]:
+    """Return the checkpoints of the epochs after that one, the newest first."""
+    paths = [path for path in folder.glob("*.pth") if (epoch_in(path) or 0) > after]
+    return sorted(paths, key=epoch_in, reverse=True)
 
 
-def files_of_runs(folder: Path) -> list[Path]:
-    """Return all that runs have left in a folder, the newest epochs first."""
-    others = [path for name in (BEST, LOG, CURVES) for path in folder.glob(name)]
-    return [*reversed(epoch_files(folder).values()), *others]
+def best_epoch_in(folder: Path) -> int:
+    """Return the epoch of a folder's best checkpoint, 0 if it is missing or damaged."""
+    try:
+        return load_checkpoint(folder / BEST)["epoch"]
+    except ScriptError:
+        return 0
+
+
+def find_checkpoint(start: Path) -> tuple[Path, dict]:
+    """Return path and content of a checkpoint to resume; of a folder's, the newest intact one."""
+    if start.is_dir():
+        return find_newest_checkpoint(start)
+    return start, load_checkpoint(start, to_resume=True)
 
 
 def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
-    """Return path and content of the folder's newest intact checkpoint, and name newer damaged ones.
+    """Return path and content of the newest intact checkpoint, and say which newer ones are not.
 
     Raises ScriptError if no checkpoint is intact.
     """
     damaged = []
-    for path in [*reversed(epoch_files(folder).values()), *folder.glob(BEST)]:
+    for path in [*epoch_files(folder), *folder.glob(BEST)]:
         try:
             checkpoint = load_checkpoint(path, to_resume=True)
         except ChangedModelError:  # the older files do not fit either
             raise
         except ScriptError as error:
             damaged.append(str(error))
-        else:
-            if damaged:
-                print(
-                    f"Skipping damaged checkpoints: {'; '.join(damaged)}. Resuming from {path}",
-                    file=sys.stderr,
-                )
-            return path, checkpoint
+            continue
+        if damaged:
+            print(f"Skipping: {'; '.join(damaged)}. Resuming from {path}", file=sys.stderr)
+        return path, checkpoint
     reasons = "; ".join(damaged) or "there is no checkpoint"
     raise ScriptError(f"cannot resume in {folder}: {reasons}. Leave out --resume to start anew")
 
 
 @contextlib.contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder while this process lives; raise ScriptError if one is using it already."""
+    """Keep other runs out of a folder while this process lives, and clear what a killed one left.
+
+    Raises ScriptError if another run is using it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         with contextlib.suppress(NotImplementedError):  # the file system has no locks
             lock.acquire()
     except Timeout as error:
-        raise ScriptError(
-            f"another run is using {folder}; wait for its end, or choose another folder"
-        ) from error
-    except OSError as error:
-        raise ScriptError(
-            f"cannot write to {folder}: {error.strerror}; choose another folder"
-        ) from error
+        raise ScriptError(f"another run is using {folder}; wait, or choose another") from error
     try:
-        user, status = getattr(os, "geteuid", int)(), folder.stat()
-        only_owners_move = status.st_mode & stat.S_ISVTX and user not in (0, status.st_uid)
-        if only_owners_move and any(path.lstat().st_uid != user for path in files_of_runs(folder)):
-            raise ScriptError(
-                f"{folder} holds another user's run, which cannot be moved; choose another folder"
-            )
+        for half_written in folder.glob(f"*.{'[0-9a-f]' * 32}.tmp"):
+            half_written.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
 
 
-def prepare_to_resume(folder: Path, checkpoint: dict) -> None:
-    """Move the files of later epochs out of the way, and see that the best of the others and the log are there."""
-    best, best_epoch, done = folder / BEST, 0, checkpoint["epoch"]
-    with contextlib.suppress(ScriptError):  # missing or damaged
-        best_epoch = load_checkpoint(best)["epoch"]
-    later = [
-        path
-        for epoch, path in [*reversed(epoch_files(folder).items()), (best_epoch, best)]
-        if epoch > done
-    ]
-    set_aside(folder, [*later, *folder.glob(LOG), *folder.glob(CURVES)] if later else [])
-    try:
-        if best_epoch != checkpoint["best_epoch"]:
-            save_checkpoint(
-                best, load_checkpoint(folder / f"mnist_model_epoch_{checkpoint['best_epoch']}.pth")
-            )
-    except ScriptError as error:
-        print(f"Warning: {best} does not hold the best epoch so far: {error}", file=sys.stderr)
-    with contextlib.suppress(ScriptError):
-        save_log(folder / LOG, checkpoint["history"])
+def set_aside(folder: Path, after: int = 0) -> None:
+    """Move the files of all epochs after that one to folder/earlier_run_N, the first free name.
 
-
-def set_aside(folder: Path, paths: list[Path]) -> None:
-    """Move files to folder/earlier_run_N, the first free name, and finish a move that was interrupted."""
+    A move that was interrupted is finished.
+    """
+    paths = epoch_files(folder, after)
+    if after == 0 or best_epoch_in(folder) > after:
+        paths += folder.glob(BEST)
+    if after == 0 or paths:
+        paths += [*folder.glob(LOG), *folder.glob(CURVES)]
     moving = folder / "earlier_run_incomplete"
     if paths:
         moving.mkdir(exist_ok=True)
     for path in paths:
-        if path.is_symlink():  # a relative one would break
-            (moving / path.name).unlink(missing_ok=True)
-            (moving / path.name).symlink_to(path.resolve())
-            path.unlink()
-        else:
-            path.rename(moving / path.name)
+        path.rename(moving / path.name)
     if moving.exists():
-        target = next(
-            path for n in itertools.count(1) if not (path := folder / f"earlier_run_{n}").exists()
-        )
+        targets = (folder / f"earlier_run_{number}" for number in itertools.count(1))
+        target = next(path for path in targets if not path.exists())
         moving.rename(target)
         print(f"Moved {len(list(target.iterdir()))} files of an earlier run to {target}")
+
+
+def restore_best(folder: Path, checkpoint: dict) -> None:
+    """Write the log and the best checkpoint of a run to resume if they are missing or behind."""
+    best_epoch = checkpoint["best_epoch"]
+    if epoch_files(folder, after=checkpoint["epoch"]):
+        return  # they belong to the later epochs
+    try:
+        save_log(folder, checkpoint["history"])
+        if best_epoch_in(folder) != best_epoch:
+            best = load_checkpoint(epoch_path(folder, best_epoch))
+            save_checkpoint(folder / BEST, best)
+    except ScriptError as error:
+        print(f"Warning: {folder / BEST} is not the best epoch: {error}", file=sys.stderr)

@@ -1,15 +1,17 @@
-"""Three small CNNs for MNIST, the ones that were kept of a series of five: Models 1, 2 and 5.
+"""Three small CNNs for MNIST: Models 1, 2 and 5 of a series, the ones that were kept.
 
-Each maps images (N, 1, 28, 28) to logits (N, 10): no softmax, because the cross-entropy loss applies it. Being an
-nn.Sequential, a model runs its blocks in the order in which they are assigned; for anything else, such as a branch,
-give it a forward method. ReLU comes before batch norm; the other order gave the same accuracy.
+Each maps images (N, 1, 28, 28) to logits (N, 10): no softmax, because the cross-entropy loss
+applies it. An nn.Sequential runs its blocks in the order in which they are assigned; for anything
+else, such as a branch, write a forward method. ReLU comes before batch norm; the other order gave
+the same accuracy.
 
-Comments give the shape (channels x height x width) of one image before and after a layer, and RF, the receptive
-field after it in input pixels.
+Comments give the shape (channels x height x width) of one image before and after a layer, and RF,
+the receptive field after it in input pixels.
 
 To try a model of your own, add a class to this file: every script's --model finds it by its name.
 """
 
+import contextlib
 import inspect
 
 from torch import nn
@@ -128,67 +130,37 @@ class Model5(nn.Sequential):
 
 
 def model_classes() -> dict[str, type[nn.Module]]:
-    """Return the models of this file by class name: each nn.Module that can be built without arguments."""
-    members = [
-        each
-        for each in globals().values()
-        if isinstance(each, type) and issubclass(each, nn.Module)
-    ]
-    own = [each for each in members if each.__module__ == __name__ and not inspect.isabstract(each)]
-    return {each.__name__: each for each in own if not missing_defaults(each)}
-
-
-def missing_defaults(model_class: type[nn.Module]) -> list[str]:
-    """Return the constructor's parameters that have no default."""
-    parameters = inspect.signature(model_class).parameters.values()
-    named = [
-        each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-    ]
-    return [each.name for each in named if each.default is each.empty]
-
-
-def default_model_name() -> str:
-    """Return Model5, or the last model of this file if Model5 is gone; raise ScriptError if there is none."""
-    names = list(model_classes())
-    if not names:
-        raise ScriptError(
-            "models.py has no model; add an nn.Module whose constructor needs no arguments"
-        )
-    return "Model5" if "Model5" in names else names[-1]
+    """Return this file's models by name: each nn.Module that is built without arguments."""
+    models = {}
+    for each in list(globals().values()):
+        if isinstance(each, type) and issubclass(each, nn.Module) and each.__module__ == __name__:
+            with contextlib.suppress(TypeError):  # it needs arguments, so it is part of a model
+                inspect.signature(each).bind()
+                if not inspect.isabstract(each):
+                    models[each.__name__] = each
+    return models
 
 
 def find_model_name(name: str) -> str:
-    """Return the class name that `name` spells, exactly or else in upper or lower case, or `name` if there is none.
-
-    Raises ScriptError if two names differ in case alone, or if the class cannot be built without arguments.
-    """
+    """Return the name of the model that `name` spells in upper or lower case, or else `name`."""
     names = list(model_classes())
-    spelled = [name] if name in names else [each for each in names if each.lower() == name.lower()]
-    if len(spelled) > 1:
-        raise ScriptError(
-            f"{name!r} may be {' or '.join(spelled)} of models.py: write it as it stands there"
-        )
-    part = globals().get(name)
-    if (
-        not spelled
-        and isinstance(part, type)
-        and issubclass(part, nn.Module)
-        and missing_defaults(part)
-    ):
-        raise ScriptError(
-            f"{name} of models.py cannot be built: give {', '.join(missing_defaults(part))} a default"
-        )
-    return spelled[0] if spelled else name
+    for each in (name, *names):
+        if each in names and each.lower() == name.lower():
+            return each
+    return name
 
 
 def build_model(name: str) -> nn.Module:
-    """Build the model of that class name, upper or lower case; raise ScriptError if there is none or it fails."""
-    classes = model_classes()
-    if find_model_name(name) not in classes:
-        raise ScriptError(f"models.py has no model {name!r}; it has {', '.join(classes)}")
+    """Return a new model of the class of that name; raise ScriptError if that fails."""
+    classes = globals() | model_classes()
+    name = find_model_name(name)
+    if name not in classes:
+        raise ScriptError(f"models.py has no model {name!r}; it has {', '.join(model_classes())}")
     try:
-        return classes[find_model_name(name)]()
+        return classes[name]()
     except Exception as error:  # whatever a constructor raises
-        raise ScriptError(
-            f"{name} cannot be built: {describe_error(error)}; fix its constructor"
-        ) from error
+        raise ScriptError(f"cannot build {name}: {describe_error(error)}; fix it") from error
+
+
+def default_model_name() -> str:
+    return "Model5"
