@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
 import pictures
 from models import build_model
@@ -38,23 +39,47 @@ NOT_PLAIN = "more than tensors, numbers and text"
 ZIP_FOLDER = 0x10  # marks an entry of a zip file as a folder, whose content torch ignores
 
 
-def save_epoch(folder: Path, checkpoint: dict, plot: bool) -> None:
-    """Write all files of an epoch.
+def save_epoch(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict],
+    options: dict,
+    plot: bool,
+) -> None:
+    """Write all files of the last epoch in the history.
 
     Raises ScriptError if a checkpoint cannot be written. A log or a picture that fails ends no run.
     """
-    epoch = checkpoint["epoch"]
-    if epoch == 1:
+    row, best = history[-1], best_row(history)
+    checkpoint = {
+        "model_name": options["model"],
+        "architecture": str(model),
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": optimizer.state_dict(),
+        **row,
+        "best_epoch": best["epoch"],
+        "best_test_accuracy": best["test_accuracy"],
+        "history": history,
+        "options": options,
+    }
+    if row["epoch"] == 1:
         set_aside(folder)
-    save_checkpoint(epoch_path(folder, epoch), checkpoint)
-    if checkpoint["best_epoch"] == epoch:
+    save_checkpoint(epoch_path(folder, row["epoch"]), checkpoint)
+    if best is row:
         save_checkpoint(folder / BEST, checkpoint)
     try:
-        save_log(folder, checkpoint["history"])
+        save_log(folder, history)
         if plot:
-            pictures.draw_curves(folder / CURVES, checkpoint["history"], checkpoint["model_name"])
+            pictures.draw_curves(folder / CURVES, history, options["model"])
     except Exception as error:
         print(f"Warning: {error}", file=sys.stderr)
+
+
+def best_row(history: list[dict]) -> dict:
+    """Return the best epoch of a run by its validation accuracy or, without one, test accuracy."""
+    decisive = "test_accuracy" if history[0]["val_accuracy"] is None else "val_accuracy"
+    return max(history, key=lambda row: row[decisive])  # the first of equals
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -213,11 +238,17 @@ def best_epoch_in(folder: Path) -> int:
         return 0
 
 
-def find_checkpoint(start: Path) -> tuple[Path, dict]:
-    """Return path and content of a checkpoint to resume; of a folder's, the newest intact one."""
-    if start.is_dir():
-        return find_newest_checkpoint(start)
-    return start, load_checkpoint(start, to_resume=True)
+def find_checkpoint(folder: Path, resume: Path | bool | None) -> tuple[Path | None, dict]:
+    """Return path and content of the checkpoint to resume.
+
+    `resume` is its path, True for the newest intact one in the folder, or None for a new run: then
+    there is no path and no content.
+    """
+    if resume is None:
+        return None, {}
+    if resume is True:
+        return find_newest_checkpoint(folder)
+    return resume, load_checkpoint(resume, to_resume=True)
 
 
 def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
@@ -284,11 +315,13 @@ def set_aside(folder: Path, after: int = 0) -> None:
         print(f"Moved {len(list(target.iterdir()))} files of an earlier run to {target}")
 
 
-def restore_best(folder: Path, checkpoint: dict) -> None:
-    """Write the log and the best checkpoint of a run to resume if they are missing or behind."""
-    best_epoch = checkpoint["best_epoch"]
-    if epoch_files(folder, after=checkpoint["epoch"]):
-        return  # they belong to the later epochs
+def make_way(folder: Path, checkpoint: dict, epochs: int) -> None:
+    """Prepare the folder of a checkpoint from which a run goes on until so many epochs."""
+    done, best_epoch = checkpoint["epoch"], checkpoint["best_epoch"]
+    if done < epochs:
+        set_aside(folder, after=done)
+    elif epoch_files(folder, after=done):
+        return  # nothing will be trained, so the later epochs keep their files
     try:
         save_log(folder, checkpoint["history"])
         if best_epoch_in(folder) != best_epoch:

@@ -10,6 +10,34 @@ The first command's output on 2 CPU cores with torch 2.15.0:
     epoch   train loss   accuracy    test loss   accuracy       best   seconds
         1       0.3930    89.66 %       0.0931    97.17 %    97.17 %      16.7
        20       0.0253    99.21 %       0.0259    99.16 %    99.21 %      15.9
+
+The recipe, which every checkpoint stores:
+
+    --model NAME           class in models.py, in upper or lower case (default: Model5)
+    --epochs N             passes over the training set (default: 20)
+    --batch-size N         images in a training step (default: 128 on a GPU, 64 on a CPU)
+    --lr RATE              learning rate of SGD (default: 0.01)
+    --lr-scheduler NAME    constant, or onecyclelr: up to RATE, then down to 0 (default: constant)
+    --momentum FACTOR      momentum of SGD (default: 0.9)
+    --weight-decay FACTOR  weight decay of SGD (default: 0.0)
+    --augment              rotate, shear, scale and shift the training images at random
+    --amp                  train in bfloat16 where that suffices; tests use float32
+    --val-size N           training images set aside for validation (default: 0)
+    --init-from FILE       checkpoint whose weights a new run starts with (default: none)
+    --seed N               seed of weights, shuffling, dropout, augmentation (default: 1)
+
+What decides no result, or changes only where it is computed:
+
+    --resume [FILE]        go on from FILE, or from the newest checkpoint in --checkpoint-dir
+    --device NAME          cpu, cuda, mps, xpu, or auto: a GPU if there is one (default: auto)
+    --deterministic        let a GPU, too, give the same result every time
+    --data-dir FOLDER      holds MNIST/raw (default: data)
+    --checkpoint-dir FOLDER  where to save (default: model_checkpoints)
+    --test-batch-size N    test images at once (default: 1000)
+    --log-interval N       steps between updates of the progress bar (default: 10)
+    --plot                 draw training_curves.png after every epoch; needs matplotlib
+    --dry-run              send one batch of each set through everything; save nothing
+    -h, --help             print this
 """
 
 import argparse
@@ -25,7 +53,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 import checkpoints
@@ -34,20 +63,12 @@ from cuda_graph import graphed
 from download_mnist import download_mnist
 from mnist_data import augment, default_batch_size, hold_out, load_mnist
 from model_check import check_model, is_out_of_memory
-from models import build_model, find_model_name, model_classes
-from utils import (
-    ScriptError,
-    device_type,
-    keep_freed_memory,
-    number_type,
-    path_type,
-    run_script,
-)
+from models import build_model, find_model_name
+from utils import ScriptError, device_type, keep_freed_memory, number_type, path_type, run_script
 
-RECIPE = {  # the options that decide a run's result; every checkpoint stores them
-    "model": "Model5",
+RECIPE = {
     "epochs": 20,
-    "batch_size": None,  # as the device needs it
+    "batch_size": None,  # depends on the device
     "lr": 0.01,
     "lr_scheduler": "constant",
     "momentum": 0.9,
@@ -61,7 +82,7 @@ RECIPE = {  # the options that decide a run's result; every checkpoint stores th
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, amp: bool
+    model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, amp: bool
 ) -> tuple[Tensor, Tensor]:
     """Update the model on one batch; return its loss and number of correct answers, on the device.
 
@@ -78,8 +99,8 @@ def train_step(
 
 def train_one_epoch(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler | None,
+    optimizer: Optimizer,
+    scheduler: OneCycleLR | None,
     images: Tensor,
     labels: Tensor,
     batch_size: int,
@@ -87,12 +108,12 @@ def train_one_epoch(
     amp: bool = False,
     log_interval: int = 10,
     description: str = "",
-    step: Callable[..., tuple[Tensor, Tensor]] = train_step,
+    step: Callable = train_step,
 ) -> tuple[float, float]:
-    """Train once on all images (N, 1, 28, 28) with labels (N,) in random order, the last short batch included.
+    """Train once on images (N, 1, 28, 28) with labels (N,), in random order, in batches.
 
-    Returns mean loss and accuracy (per cent) of the batches, each before its own update. Raises FloatingPointError
-    if the loss is NaN or infinite, at most log_interval batches later.
+    Returns mean loss and accuracy (per cent) of the batches, each before its own update. Raises
+    FloatingPointError if the loss is NaN or infinite, at most log_interval batches later.
     """
     model.train()
     totals = torch.zeros(2, device=images.device)  # sum of the losses, number of correct answers
@@ -151,17 +172,14 @@ def main() -> None:
     if args.plot:
         pictures.require_matplotlib()
     folder = args.checkpoint_dir or Path("model_checkpoints")
-    start = folder if args.resume is True else args.resume  # a folder, a checkpoint or None
-    if start:
-        if not start.exists():
-            raise ScriptError(f"there is no {start} to resume; leave out --resume to start anew")
-        folder = start if start.is_dir() else start.parent
-        if args.checkpoint_dir and folder.resolve() != args.checkpoint_dir.resolve():
-            raise ScriptError(f"--checkpoint-dir contradicts {start}; leave it out")
+    if args.resume and args.resume is not True:  # but a file
+        folder = args.resume.parent
+        if args.checkpoint_dir and args.checkpoint_dir.resolve() != folder.resolve():
+            raise ScriptError(f"--checkpoint-dir contradicts {args.resume}; leave it out")
     saved: list[Path] = []
     try:
         with contextlib.nullcontext() if args.dry_run else checkpoints.hold_folder(folder):
-            train(args, folder, start, saved)
+            train(args, folder, saved)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(how_to_go_on(saved)) from error
     except BrokenPipeError:
@@ -182,25 +200,22 @@ def how_to_go_on(saved: list[Path]) -> str:
     return f"to go on: python train_test_mnist.py --resume {shlex.quote(there[-1].as_posix())}"
 
 
-def train(args: argparse.Namespace, folder: Path, start: Path | None, saved: list[Path]) -> None:
+def train(args: argparse.Namespace, folder: Path, saved: list[Path]) -> None:
     """Train, test and save, epoch after epoch; add the path of each checkpoint to `saved`."""
-    resumed = {}
-    if start:
-        start, resumed = checkpoints.find_checkpoint(start)
-        saved.append(start)
+    start, resumed = checkpoints.find_checkpoint(folder, args.resume)
     options = choose_options(vars(args), start, resumed)
     history = resumed.get("history", [])
-    if start and not args.dry_run:
-        if len(history) < options.epochs:
-            checkpoints.set_aside(folder, after=len(history))
-        checkpoints.restore_best(folder, resumed)
+    if start:
+        saved.append(start)
+        if not args.dry_run:
+            checkpoints.make_way(folder, resumed, options.epochs)
     if len(history) >= options.epochs:
         done = len(history)
         print(f"{start} has finished epoch {done}: nothing left to do; --epochs may be larger")
         return
 
-    sets, model, optimizer, scheduler = prepare(args, options, resumed)
-    train_set, val_set, test_set = sets
+    model, optimizer, scheduler, data = prepare(args, options, resumed)
+    train_set, val_set, test_set = data
     step = train_step
     if args.device.type == "cuda" and hasattr(torch.Generator, "clone_state"):  # torch 2.4 or newer
         # Because the default stream cannot be recorded
@@ -208,7 +223,7 @@ def train(args: argparse.Namespace, folder: Path, start: Path | None, saved: lis
         step = graphed(train_step, options.batch_size)
     if start:
         print(f"Going on from {start}")
-    recipe = [f"{name} {value}" for name, value in vars(options).items() if name != "model"]
+    recipe = [f"{name} {getattr(options, name)}" for name in RECIPE]
     print(f"{options.model} on {args.device}: {', '.join(recipe)}")
     validation = "     val loss   accuracy" if val_set else ""
     results = f"train loss   accuracy{validation}    test loss   accuracy"
@@ -236,32 +251,17 @@ def train(args: argparse.Namespace, folder: Path, start: Path | None, saved: lis
         row["test_loss"], row["test_accuracy"] = evaluate(model, *test_set, args.test_batch_size)
         row["seconds"] = time.perf_counter() - began
         history.append(row)
-        decisive = "val_accuracy" if val_set else "test_accuracy"
-        best = max(history, key=lambda row: row[decisive])  # the first of equals
-        if not args.dry_run:
-            checkpoint = {
-                "model_name": options.model,
-                "architecture": str(model),
-                "model_state_dict": model.state_dict(),
-                "optimizer_state_dict": optimizer.state_dict(),
-                **row,
-                "best_epoch": best["epoch"],
-                "best_test_accuracy": best["test_accuracy"],
-                "history": history,
-                "options": vars(options),
-            }
-            saved.append(checkpoints.epoch_path(folder, epoch))
-            checkpoints.save_epoch(folder, checkpoint, args.plot)
-        print(format_row(row, best), flush=True)
         if args.dry_run:
+            print(format_row(history))
             print("Dry run: every step works; nothing was saved")
             return
+        saved.append(checkpoints.epoch_path(folder, epoch))
+        checkpoints.save_epoch(folder, model, optimizer, history, vars(options), args.plot)
+        print(format_row(history), flush=True)
 
-    path = folder / checkpoints.BEST
-    in_file = f", saved as {path}"
-    if not path.exists():  # the best epoch has stayed in another folder
-        path, in_file = saved[-1], ""
-    print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %{in_file}")
+    best = checkpoints.best_row(history)
+    path = [*folder.glob(checkpoints.BEST), saved[-1]][0]
+    print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %")
     print(f"Last: epoch {epoch}, test accuracy {row['test_accuracy']:.2f} %, saved as {saved[-1]}")
     command = "python predict_digits.py --test-set --draw --checkpoint"
     print(f"Next: {command} {shlex.quote(path.as_posix())}")
@@ -272,8 +272,8 @@ def choose_options(given: dict, start: Path | None, resumed: dict) -> argparse.N
 
     Raises ScriptError if an option that is given contradicts the run to resume.
     """
-    options = dict(RECIPE, batch_size=default_batch_size(given["device"]))
-    options |= resumed.get("options", {})
+    defaults = RECIPE | {"model": "Model5", "batch_size": default_batch_size(given["device"])}
+    options = defaults | resumed.get("options", {})
     for name, value in options.items():
         if given[name] in (None, value):
             continue
@@ -286,53 +286,46 @@ def choose_options(given: dict, start: Path | None, resumed: dict) -> argparse.N
 
 
 def prepare(args: argparse.Namespace, options: argparse.Namespace, resumed: dict) -> tuple:
-    """Return training, validation and test set, model, optimizer and scheduler.
+    """Return model, optimizer and scheduler, and the training, validation and test set.
 
-    Each set is a pair of images and labels, the validation set is empty without --val-size. Raises
-    ScriptError if the data is missing or the model cannot be trained.
+    A set is a pair of images and labels; without --val-size the second is empty. Raises ScriptError
+    if the data is missing or the model cannot be trained.
     """
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     keep_freed_memory()
+    torch.manual_seed(options.seed)
+    model = build_model(options.model).to(args.device)
     download_mnist(args.data_dir)
-    train_set = load_mnist(args.data_dir, train=True, device=args.device)
-    test_set = load_mnist(args.data_dir, train=False, device=args.device)
+    train_set, test_set = (load_mnist(args.data_dir, each, args.device) for each in (True, False))
     val_set = ()
     if options.val_size:
         train_set, val_set = hold_out(*train_set, options.val_size)
 
-    torch.manual_seed(options.seed)
-    model = build_model(options.model).to(args.device)
     if resumed:
         model.load_state_dict(resumed["model_state_dict"])
     elif options.init_from != "none":
         weights = checkpoints.load_weights(Path(options.init_from), options.model)
         model.load_state_dict(weights)
-    check_model(
-        options.model,
-        model.state_dict(),
-        *train_set,
-        batch_size=options.batch_size,
-        test_batch_size=args.test_batch_size,
-        amp=options.amp,
-    )
-    optimizer = torch.optim.SGD(
-        model.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
-    )
+    sizes = options.batch_size, args.test_batch_size
+    check_model(options.model, model.state_dict(), *train_set, *sizes, options.amp)
+    weight_decay = options.weight_decay
+    optimizer = SGD(model.parameters(), options.lr, options.momentum, weight_decay=weight_decay)
     if resumed:
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
 
     sets = train_set, val_set, test_set
     if args.dry_run:  # one batch of each
         sets = [[tensor[: options.batch_size] for tensor in each] for each in sets]
-    return sets, model, optimizer, make_scheduler(optimizer, options, resumed, len(sets[0][0]))
+    steps = math.ceil(len(sets[0][0]) / options.batch_size)
+    return model, optimizer, make_scheduler(optimizer, options, steps, resumed), sets
 
 
 def make_scheduler(
-    optimizer: torch.optim.Optimizer, options: argparse.Namespace, resumed: dict, images: int
-) -> LRScheduler | None:
-    """Return what changes the learning rate after each step, in epochs of so many images.
+    optimizer: Optimizer, options: argparse.Namespace, steps: int, resumed: dict
+) -> OneCycleLR | None:
+    """Return what changes the learning rate after each of an epoch's steps.
 
     "onecyclelr" starts at lr/25, rises to lr in the first 30 % of all steps and falls to almost 0
     in the others, each along half a cosine (Smith and Topin, "Super-Convergence", 2017). To go on,
@@ -340,7 +333,6 @@ def make_scheduler(
     """
     if options.lr_scheduler == "constant":
         return None
-    steps = math.ceil(images / options.batch_size)  # in an epoch
     last_step = resumed.get("epoch", 0) * steps - 1  # counted from 0
     total = options.epochs * steps
     return OneCycleLR(optimizer, options.lr, total, cycle_momentum=False, last_epoch=last_step)
@@ -354,74 +346,47 @@ def seed_epoch(seed: int, epoch: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
 
 
-def format_row(row: dict, best: dict) -> str:
-    """Return an epoch's line of results; both are rows of the history."""
+def format_row(history: list[dict]) -> str:
+    """Return the last epoch's line of results."""
+    row = history[-1]
     cells = [f"{row['epoch']:5}"]
     for part in ("train", "val", "test"):
         if row[f"{part}_loss"] is not None:
             cells.append(f"{row[f'{part}_loss']:10.4f}   {row[f'{part}_accuracy']:6.2f} %")
+    best = checkpoints.best_row(history)
     cells.append(f"{best['test_accuracy']:6.2f} %   {row['seconds']:7.1f}")
     return "   ".join(cells)
 
 
 def parse_args() -> argparse.Namespace:
     """Return the options; those of the recipe are None unless they are given."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    parser.format_help = lambda: __doc__
     add = parser.add_argument
     count = number_type(int, 1, 10**9)
-    size = number_type(int, 0, 50001)
-    rate = number_type(float, 0, 1e38)
-    share = number_type(float, 0, 1)
-    seed = number_type(int, 0, 2**32)
-    classes = ", ".join(model_classes())
-    add("--model", type=find_model_name, help=f"class in models.py: {classes} (default: Model5)")
-    add("--epochs", type=count, help="passes over the training set (default: 20)")
-    add("--batch-size", type=count, help="images in a step (default: 128 on a GPU, 64 on a CPU)")
-    add("--lr", type=rate, help="learning rate of SGD (default: 0.01)")
-    schedules = ["constant", "onecyclelr"]
-    add("--lr-scheduler", choices=schedules, help="how the rate changes (default: constant)")
-    add("--momentum", type=share, help="momentum of SGD (default: 0.9)")
-    add("--weight-decay", type=rate, help="weight decay of SGD (default: 0.0)")
-    flag = {"action": "store_true", "default": None}
-    add("--augment", **flag, help="rotate, shear, scale and shift training images at random")
-    add("--amp", **flag, help="compute in bfloat16 where that suffices; tests use float32")
-    add("--val-size", type=size, help="training images set aside for validation (default: 0)")
-    add("--init-from", metavar="FILE", help="checkpoint with the first weights (default: none)")
-    add("--seed", type=seed, help="seed of weights, shuffling, dropout, augmentation (default: 1)")
-    add(
-        "--test-batch-size",
-        type=count,
-        help="test images at once (default: 2500 or, on a CPU, 250)",
-    )
-    add(
-        "--device",
-        default="auto",
-        type=device_type,
-        help="auto, cpu, cuda, mps, xpu (default: auto)",
-    )
-    add("--data-dir", default="data", type=path_type, help="holds MNIST/raw (default: data)")
-    add("--checkpoint-dir", type=path_type, help="holds *.pth (default: model_checkpoints)")
-    resume_help = "go on from FILE (default: from the newest in --checkpoint-dir)"
-    add("--resume", nargs="?", const=True, metavar="FILE", type=path_type, help=resume_help)
-    add("--deterministic", action="store_true", help="let a GPU repeat its results, too")
-    add(
-        "--log-interval",
-        default=10,
-        type=count,
-        help="steps between updates of the bar (default: 10)",
-    )
-    add("--plot", action="store_true", help="draw training_curves.png; needs matplotlib")
-    add(
-        "--dry-run", action="store_true", help="one batch of each set through it all; saves nothing"
-    )
-    args = parser.parse_args()
-    if not args.test_batch_size:
-        args.test_batch_size = 250 if args.device.type == "cpu" else 2500
-    return args
+    factor = number_type(float, 0, 1e38)
+    add("--model", type=find_model_name)
+    add("--epochs", type=count)
+    add("--batch-size", type=count)
+    add("--lr", type=factor)
+    add("--lr-scheduler", choices=["constant", "onecyclelr"])
+    add("--momentum", type=number_type(float, 0, 1))
+    add("--weight-decay", type=factor)
+    add("--augment", action="store_true", default=None)
+    add("--amp", action="store_true", default=None)
+    add("--val-size", type=number_type(int, 0, 50001))
+    add("--init-from")
+    add("--seed", type=number_type(int, 0, 2**32))
+    add("--resume", nargs="?", const=True, type=path_type)
+    add("--device", default="auto", type=device_type)
+    add("--deterministic", action="store_true")
+    add("--data-dir", default="data", type=path_type)
+    add("--checkpoint-dir", type=path_type)
+    add("--test-batch-size", default=1000, type=count)
+    add("--log-interval", default=10, type=count)
+    add("--plot", action="store_true")
+    add("--dry-run", action="store_true")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
