@@ -1,8 +1,7 @@
-"""The pictures that the scripts draw when asked, with matplotlib, which is an optional package."""
+"""Pictures that the scripts draw when asked, with matplotlib, which is an optional package."""
 
 import importlib.util
 import io
-import itertools
 import math
 from pathlib import Path
 
@@ -21,20 +20,27 @@ def require_matplotlib() -> None:
 
 
 def draw_curves(path: Path, history: list[dict], title: str) -> None:
-    """Draw loss and error of each epoch, a dict of the history, as PNG; raise ScriptError if that fails."""
+    """Draw loss and error of each epoch, which is a dict of the history, as PNG.
+
+    Raises ScriptError if the file cannot be written.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(f"{title}: loss and error of each epoch")
+    left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "error, %"), strict=True):
-        for part in ("train", "val", "test"):
-            if history[0][f"{part}_loss"] is not None:
-                losses = [row[f"{part}_loss"] for row in history]
-                errors = [100 - row[f"{part}_accuracy"] for row in history]
-                axes.plot(epochs, losses if quantity == "loss" else errors, marker=".", label=part)
-        axes.set(xlabel="epoch", ylabel=quantity, yscale="log")
+    for part in "train", "val", "test":
+        if history[0][f"{part}_loss"] is not None:
+            losses = [row[f"{part}_loss"] for row in history]
+            errors = [100 - row[f"{part}_accuracy"] for row in history]
+            left.plot(epochs, losses, marker=".", label=part)
+            right.plot(epochs, errors, marker=".", label=part)
+    left.set_ylabel("loss")
+    right.set_ylabel("error, %")
+    for axes in left, right:
+        axes.set(xlabel="epoch", yscale="log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
@@ -45,48 +51,59 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
 def draw_receptive_fields(
     path: Path, image: Tensor, blocks: dict[str, dict[str, int]], maps: dict[str, Tensor]
 ) -> None:
-    """Draw, as PNG, what the centre unit after each block sees of an image, and below it the block's maps.
+    """Draw, as PNG, what the centre unit after each block sees of an image, and the block's maps.
 
-    The image is (1, 1, H, W). A block has the pixels `top`, `left`, `height` and `width` of the rectangle, and its
-    feature maps are (C, h, w), or missing. Raises ScriptError if the file cannot be written.
+    The image is (1, 1, H, W). A block has the pixels `top`, `left`, `height` and `width` of the
+    rectangle. Its feature maps, drawn below it, are (C, h, w) or missing. Raises ScriptError if
+    the file cannot be written.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
-    from torchvision.utils import make_grid
 
     figure = Figure(figsize=(2.4 * len(blocks), 5.2), layout="constrained")
     columns = figure.subplots(2, len(blocks), squeeze=False).T
     for (axes, below), (name, field) in zip(columns, blocks.items(), strict=True):
+        corner = field["left"] - 0.5, field["top"] - 0.5  # pixel 0 reaches from -0.5 to 0.5
         axes.imshow(image[0, 0].cpu().numpy(), cmap="gray")
-        corner = field["left"] - 0.5, field["top"] - 0.5  # a pixel's centre has its whole numbers
+        axes.autoscale(False)  # show the image and no more
         axes.add_patch(
             Rectangle(corner, field["width"], field["height"], fill=False, color="red", linewidth=2)
         )
         axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
-        axes.set(
-            xlim=(-0.5, image.shape[3] - 0.5), ylim=(image.shape[2] - 0.5, -0.5)
-        )  # the image, no more
         axes.set_axis_off()
         below.set_axis_off()
         if name in maps:
-            count, height, width = maps[name].shape
-            large = F.interpolate(
-                maps[name][:, None], scale_factor=max(1, 24 // max(height, width))
-            )
-            below.imshow(make_grid(large, math.ceil(count**0.5), pad_value=math.nan)[0].numpy())
-            below.set_title(f"{count} maps of {height}x{width}", fontsize=9)
+            draw_maps(below, maps[name])
     save_figure(path, figure)
 
 
-def draw_mistakes(path: Path, images: Tensor, titles: list[str]) -> None:
-    """Draw images (N, 1, 28, 28), at most 40, under their titles, as PNG; raise ScriptError if that fails."""
+def draw_maps(axes: object, maps: Tensor) -> None:
+    """Draw a block's feature maps (C, H, W) side by side on a matplotlib Axes."""
+    from torchvision.utils import make_grid
+
+    count, height, width = maps.shape
+    factor = max(1, 24 // max(height, width))  # enlarged, so that lines between them are thin
+    large = F.interpolate(maps[:, None], scale_factor=factor)
+    grid = make_grid(large, math.ceil(count**0.5), pad_value=math.nan)
+    axes.imshow(grid[0].numpy())
+    axes.set_title(f"{count} maps of {height}x{width}", fontsize=9)
+
+
+def draw_mistakes(path: Path, images: Tensor, labels: Tensor, probabilities: Tensor) -> None:
+    """Draw the first 40 images (N, 1, H, W), under their labels and what a model reads, as PNG.
+
+    `labels` are (N,) and `probabilities` (N, CLASSES). Raises ScriptError if the file cannot be
+    written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
-    for axes, image, title in itertools.zip_longest(figure.subplots(5, 8).flat, images, titles):
+    for i, axes in enumerate(figure.subplots(5, 8).flat):
         axes.set_axis_off()
-        if image is not None:
-            axes.imshow(image[0].cpu().numpy(), cmap="gray")
+        if i < len(images):
+            axes.imshow(images[i, 0].cpu().numpy(), cmap="gray")
+            shares = probabilities[i]
+            title = f"{labels[i]} read as {shares.argmax()}, {shares.max():.0%}"
             axes.set_title(title, fontsize=8)
     save_figure(path, figure)
 

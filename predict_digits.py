@@ -1,32 +1,29 @@
 """Read your own digits with a trained model, or see where it errs on MNIST's test set.
 
-    python predict_digits.py photo.jpg scan.png       # one line for each: digit, probability and runner-up
-    python predict_digits.py                          # the test set: accuracy, confusion matrix, worst mistakes
-    python predict_digits.py --plot mistakes.png      # the worst mistakes drawn, too; needs matplotlib
-    python predict_digits.py --draw                   # a page in your browser: draw digits, and see them read
+    python predict_digits.py photo.jpg scan.png     # a line for each: digit, probability, runner-up
+    python predict_digits.py                        # the test set: accuracy, confusion matrix,
+                                                    # worst mistakes
+    python predict_digits.py --plot mistakes.png    # draw the worst mistakes, too (matplotlib)
+    python predict_digits.py --draw                 # a page in your browser to draw digits on
 
 The model is the best one of the last training, unless --checkpoint names another.
 """
 
 import argparse
-import contextlib
-import json
+import functools
 import sys
-import threading
-import webbrowser
-from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from checkpoints import BEST, load_checkpoint
 from digit_images import prepare_digit, read_picture
-from mnist_data import load_mnist, normalize
+from draw_digit import serve_page
+from mnist_data import CLASSES, IMAGE_SIDE, load_mnist, normalize
 from models import build_model
 from pictures import draw_mistakes, require_matplotlib
 from utils import (
@@ -35,154 +32,156 @@ from utils import (
     device_type,
     number_type,
     path_type,
+    printable,
     run_script,
 )
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
-    """Return the logits (N, 10) of normalised images (N, 1, 28, 28); raise ScriptError if the model fails on them."""
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits (N, CLASSES) of normalised images (N, 1, H, W).
+
+    Raises ScriptError if the model fails on them.
+    """
     try:
-        logits = torch.cat([model(batch.clone()) for batch in images.split(batch_size)])
-        if logits.shape != (len(images), 10) or not logits.isfinite().all():
-            raise ValueError("it does not return ten finite numbers for each")
+        # Copies, because a model may change its input in place
+        logits = torch.cat([model(batch.clone()) for batch in images.split(250)])
+        if logits.shape != (len(images), CLASSES) or not logits.isfinite().all():
+            raise ValueError(f"it does not return {CLASSES} finite numbers for each")
         return logits
     except Exception as error:  # whatever a user's forward raises
         raise ScriptError(
-            f"{type(model).__name__} fails on 28x28 images: {describe_error(error)}; fix it"
+            f"{type(model).__name__} fails on {IMAGE_SIDE}x{IMAGE_SIDE} images: "
+            f"{describe_error(error)}; fix it"
         ) from error
 
 
-def read_digit(model: nn.Module, source: Path | bytes) -> tuple[Tensor, np.ndarray, str]:
-    """Return a picture's probabilities (10,), its image (28, 28) uint8, and a doubt or ""; or raise ScriptError."""
+def read_digit(model: nn.Module, source: Path | bytes) -> dict:
+    """Return what a model reads in a picture, given by its path or its bytes.
+
+    That is a dict of plain values: `probabilities`, one for each digit; `image`, 28 rows of 28
+    levels, which is what the model sees; and `message`, a reason to doubt it or "". Raises
+    ScriptError if there is nothing to read.
+    """
     pixels, doubt = prepare_digit(read_picture(source))
-    image = normalize(torch.from_numpy(pixels)[None, None].to(next(model.parameters()).device))
-    return predict(model, image).softmax(1)[0].cpu(), pixels, doubt
-
-
-def format_mistakes(logits: Tensor, labels: Tensor) -> str:
-    """Return accuracy, confusion matrix and the ten worst mistakes, from logits (N, 10) and labels (N,), as text."""
-    predictions, wrong = logits.argmax(1), logits.argmax(1) != labels
-    confusion = torch.stack(
-        [(predictions[labels == digit]).bincount(minlength=10) for digit in range(10)]
-    )
-    lines = [
-        f"accuracy {100 * (1 - wrong.float().mean()):.2f} %, {wrong.sum()} of {len(labels):,} wrong",
-        "",
-    ]
-    lines += ["label" + "".join(f"{f'as {digit}':>7}" for digit in range(10)) + "  wrong"]
-    for digit, row in enumerate(confusion.tolist()):
-        lines.append(
-            f"{digit:5}" + "".join(f"{n or '.':>7}" for n in row) + f"{sum(row) - row[digit]:7}"
-        )
-    lines += ["", "index  label  read as  probability    loss"]
-    losses, probabilities = (
-        F.cross_entropy(logits, labels, reduction="none"),
-        logits.softmax(1).amax(1),
-    )
-    for i in worst_mistakes(logits, labels)[:10]:
-        lines.append(
-            f"{i:5}  {labels[i]:5}  {predictions[i]:7}  {probabilities[i]:11.1%}  {losses[i]:6.2f}"
-        )
-    return "\n".join(lines)
-
-
-def worst_mistakes(logits: Tensor, labels: Tensor) -> list[int]:
-    """Return the indices of all mistakes, those with the largest loss first."""
-    order = F.cross_entropy(logits, labels, reduction="none").argsort(descending=True)
-    return order[(logits.argmax(1) != labels)[order]].tolist()
-
-
-def serve_page(model: nn.Module, port: int) -> None:
-    """Serve the page until Ctrl-C, on a free port if `port` is 0; raise ScriptError if the port cannot be used."""
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), PageRequest)
-    except OSError as error:
-        raise ScriptError(
-            f"cannot use port {port}: {error.strerror}; leave out --port or name another"
-        ) from error
-    reader = ThreadPoolExecutor(
-        1
-    )  # one thread: a model may hold state, and torch starts helpers for each caller
-    server.read = lambda data: reader.submit(read_digit, model, data).result()
-    server.page = Path(__file__).with_name("draw_digit.html").read_bytes()
-    address = f"http://127.0.0.1:{server.server_port}/"
-    print(f"Draw digits at {address} (Ctrl-C ends the server)", flush=True)
-    threading.Thread(
-        target=webbrowser.open, args=[address], daemon=True
-    ).start()  # a text browser would block
-    server.serve_forever()
-
-
-class PageRequest(BaseHTTPRequestHandler):
-    """A request for the page, or one from the page with a picture to read; http.server calls all methods but `send`."""
-
-    timeout = 10  # seconds without a byte, after which the connection is closed
-
-    def handle(self) -> None:
-        """Answer the request; it is no error if the client goes away."""
-        with contextlib.suppress(OSError):
-            super().handle()
-
-    def parse_request(self) -> bool:
-        """Read the request's head, and refuse other paths and the requests of other sites in the same browser."""
-        if not super().parse_request():
-            return False
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        is_own = host.split(":")[0] in ("127.0.0.1", "localhost") and origin in (
-            None,
-            f"http://{host}",
-        )
-        if not is_own or self.path != "/":
-            self.send_error(404 if is_own else 403)
-        return is_own and self.path == "/"
-
-    def do_GET(self) -> None:
-        """Send the page."""
-        self.send("text/html; charset=utf-8", self.server.page)
-
-    def do_POST(self) -> None:
-        """Send what is read in the picture, or why nothing is, as JSON."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or len(length) > 6:  # a megabyte or more
-            self.send_error(413 if length.isdecimal() else 400 if length else 411)
-        elif len(data := self.rfile.read(int(length))) < int(length):
-            self.send_error(400)
-        else:
-            try:
-                probabilities, pixels, doubt = self.server.read(data)
-                answer = {
-                    "probabilities": probabilities.tolist(),
-                    "image": pixels.tolist(),
-                    "message": doubt,
-                }
-            except Exception as error:  # whatever the picture or a user's model causes
-                answer = {"message": describe_error(error)}
-            self.send("application/json", json.dumps(answer).encode())
-
-    def send(self, kind: str, data: bytes) -> None:
-        """Send an answer of that media type; the page may load nothing from other sites or be shown in one."""
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header(
-            "Content-Security-Policy",
-            "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'",
-        )
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        """Print no line for each request."""
+    device = next(model.parameters()).device
+    image = normalize(torch.from_numpy(pixels)[None, None].to(device))
+    probabilities = predict(model, image).softmax(1)[0]
+    return {"probabilities": probabilities.tolist(), "image": pixels.tolist(), "message": doubt}
 
 
 def main() -> None:
-    """Read the pictures that are named, the test set, or what is drawn."""
+    args = parse_args()
+    if args.plot:
+        require_matplotlib()
+    model = load_model(args.checkpoint, args.device)
+    all_read = print_readings(model, args.files, args.save_prepared)
+    if args.test_set or args.plot or not (args.files or args.draw):
+        images, labels = load_mnist(args.data_dir, train=False, device=args.device)
+        logits = predict(model, images)
+        worst = worst_mistakes(logits, labels)
+        print(
+            f"{type(model).__name__} of {printable(str(args.checkpoint))} on the test set: "
+            f"{format_mistakes(logits, labels, worst)}"
+        )
+        if args.plot:
+            draw_mistakes(args.plot, images[worst], labels[worst], logits[worst].softmax(1))
+    if args.draw:
+        serve_page(functools.partial(read_digit, model), args.port)
+    if not all_read:
+        sys.exit(1)
+
+
+def load_model(path: Path, device: torch.device) -> nn.Module:
+    """Return a checkpoint's model, ready to predict; raise ScriptError if it cannot be loaded."""
+    if not path.exists():
+        raise ScriptError(
+            f"there is no {path}: train a model first, with python train_test_mnist.py"
+        )
+    checkpoint = load_checkpoint(path)
+    model = build_model(checkpoint["model_name"]).to(device)
+    model.load_state_dict(checkpoint["model_state_dict"])
+    return model.eval()
+
+
+def print_readings(model: nn.Module, paths: list[Path], folder: Path | None) -> bool:
+    """Print a line for each picture, and return whether all could be read.
+
+    If there is a folder, what the model sees is saved there.
+    """
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    all_read = True
+    for number, path in enumerate(paths, 1):
+        try:
+            reading = read_digit(model, path)
+            if folder:
+                image = Image.fromarray(np.uint8(reading["image"]))
+                name = f"{number}_{path.stem}_{image.width}x{image.height}.png"
+                image.save(folder / name)
+        except (ScriptError, OSError) as error:  # the next picture may be fine
+            line = f"predict_digits.py: error: {path}: {error}"
+            print(printable(line), file=sys.stderr)
+            all_read = False
+        else:
+            line = f"{path}: {format_answer(reading)}"
+            print(printable(line), flush=True)
+    return all_read
+
+
+def format_answer(reading: dict) -> str:
+    """Return the two most probable digits, or the doubt, as text."""
+    shares, digits = torch.tensor(reading["probabilities"]).topk(2)
+    if reading["message"]:
+        return f"{reading['message']}; perhaps {digits[0]}"
+    return f"{digits[0]} ({shares[0]:.1%}), then {digits[1]} ({shares[1]:.1%})"
+
+
+def worst_mistakes(logits: Tensor, labels: Tensor) -> list[int]:
+    """Return the indices of all mistakes, those with the largest loss first.
+
+    `logits` are (N, CLASSES) and `labels` (N,).
+    """
+    losses = cross_entropy(logits, labels, reduction="none")
+    order = losses.argsort(descending=True)
+    wrong = logits.argmax(1) != labels
+    return order[wrong[order]].tolist()
+
+
+def format_mistakes(logits: Tensor, labels: Tensor, worst: list[int]) -> str:
+    """Return accuracy, confusion matrix and the ten worst mistakes as text.
+
+    `logits` are (N, CLASSES), `labels` (N,), and `worst` what worst_mistakes() returns for them.
+    """
+    accuracy = 100 * (1 - len(worst) / len(labels))
+    text = f"accuracy {accuracy:.2f} %, {len(worst)} of {len(labels):,} wrong\n\nlabel"
+
+    for digit in range(CLASSES):
+        text += f"   as {digit}"
+    text += "  wrong"
+    predictions = logits.argmax(1)
+    for digit in range(CLASSES):
+        counts = predictions[labels == digit].bincount(minlength=CLASSES).tolist()
+        text += f"\n{digit:5}"
+        for count in counts:
+            text += f"{count or '.':>7}"
+        text += f"{sum(counts) - counts[digit]:7}"
+
+    text += "\n\nindex  label  read as  probability    loss"
+    for i in worst[:10]:
+        probability, digit = logits[i].softmax(0).max(0)
+        loss = cross_entropy(logits[i], labels[i])
+        text += f"\n{i:5}  {labels[i]:5}  {digit:7}  {probability:11.1%}  {loss:6.2f}"
+    return text
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, best = parser.add_argument, Path("model_checkpoints") / BEST
+    add = parser.add_argument
     add(
         "files",
         nargs="*",
@@ -192,7 +191,7 @@ def main() -> None:
     )
     add(
         "--checkpoint",
-        default=best,
+        default=f"model_checkpoints/{BEST}",
         type=path_type,
         help="the trained model (default: %(default)s)",
     )
@@ -205,7 +204,9 @@ def main() -> None:
         help="the page's port (default: one that is free)",
     )
     add(
-        "--plot", type=path_type, help="PNG file to draw the 40 worst mistakes into (default: none)"
+        "--plot",
+        type=path_type,
+        help="PNG file to draw the 40 worst mistakes into (default: none)",
     )
     add(
         "--save-prepared",
@@ -220,52 +221,7 @@ def main() -> None:
         type=device_type,
         help="auto, cpu, cuda, mps, xpu (default: %(default)s)",
     )
-    args = parser.parse_args()
-    if args.plot:
-        require_matplotlib()
-    if args.save_prepared:
-        args.save_prepared.mkdir(parents=True, exist_ok=True)
-    if not args.checkpoint.exists():
-        raise ScriptError(
-            f"there is no {args.checkpoint}: train a model first, with python train_test_mnist.py"
-        )
-    checkpoint = load_checkpoint(args.checkpoint)
-    model = build_model(checkpoint["model_name"]).to(args.device)
-    model.load_state_dict(checkpoint["model_state_dict"])
-    model.eval()
-
-    failed = False
-    for number, path in enumerate(args.files, 1):
-        try:
-            probabilities, pixels, doubt = read_digit(model, path)
-            if args.save_prepared:
-                Image.fromarray(pixels).save(args.save_prepared / f"{number}_{path.stem}_28x28.png")
-            first, second = (
-                f"{digit} ({p:.1%})" for p, digit in zip(*probabilities.topk(2), strict=True)
-            )
-            answer = f"{doubt}; perhaps {first[0]}" if doubt else f"{first}, then {second}"
-            print(f"{path}: {answer}", flush=True)
-        except (ScriptError, OSError) as error:  # the next picture may be fine
-            print(f"predict_digits.py: error: {path}: {error}", file=sys.stderr)
-            failed = True
-    if args.test_set or args.plot or not (args.files or args.draw):
-        images, labels = load_mnist(args.data_dir, train=False, device=args.device)
-        logits = predict(model, images)
-        print(
-            f"{checkpoint['model_name']} of {args.checkpoint} on the test set: {format_mistakes(logits, labels)}"
-        )
-        if args.plot:
-            worst = worst_mistakes(logits, labels)[:40]
-            rows = zip(labels[worst], *logits[worst].softmax(1).max(1), strict=True)
-            draw_mistakes(
-                args.plot,
-                images[worst],
-                [f"{label} read as {digit}, {p:.0%}" for label, p, digit in rows],
-            )
-    if args.draw:
-        serve_page(model, args.port)
-    if failed:
-        sys.exit(1)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

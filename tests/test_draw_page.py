@@ -1,4 +1,4 @@
-"""The page on which digits are drawn: its server over plain sockets, and the page itself in Chromium."""
+"""The page on which digits are drawn: its server over plain sockets, and the page in Chromium."""
 
 import io
 import json
@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,9 @@ from conftest import ROOT, TRAINED_MODEL5
 from PIL import Image, ImageDraw
 from pytest import CaptureFixture, MonkeyPatch
 
-from checkpoints import load_checkpoint
+from draw_digit import PageRequest, PageServer, serve_page
 from mnist_data import normalize
-from models import Model5
-from predict_digits import PageRequest, predict, serve_page
+from predict_digits import load_model, predict
 from utils import ScriptError
 
 STROKES = {
@@ -32,9 +30,13 @@ STROKES = {
     7: [[(0.25, 0.22), (0.75, 0.22), (0.45, 0.8)], [(0.35, 0.5), (0.7, 0.5)]],
     8: [[(0.6, 0.3), (0.4, 0.25), (0.6, 0.7), (0.4, 0.75), (0.6, 0.3)]],
 }
-SEEN = """() => ({image: [...document.getElementById("seen").getContext("2d").getImageData(0, 0, 28, 28).data]
-  .filter((_, i) => i % 4 == 0), bars: [...document.querySelectorAll("#bars span")].map(bar => bar.textContent),
-  answer: document.getElementById("answer").textContent, message: document.getElementById("message").textContent})"""
+SEEN = """() => ({
+  image: [...document.getElementById("seen").getContext("2d").getImageData(0, 0, 28, 28).data]
+    .filter((_, i) => i % 4 == 0),
+  bars: [...document.querySelectorAll("#bars span")].map(bar => bar.textContent),
+  answer: document.getElementById("answer").textContent,
+  message: document.getElementById("message").textContent,
+})"""
 EMPTY = {"image": [0] * 784, "bars": [""] * 10, "answer": "", "message": ""}
 DROP = """bytes => { const dataTransfer = new DataTransfer();
   dataTransfer.items.add(new File([new Uint8Array(bytes)], "seven"));
@@ -42,27 +44,26 @@ DROP = """bytes => { const dataTransfer = new DataTransfer();
 
 
 def draw_picture() -> bytes:
-    picture, data = Image.new("L", (200, 200), 255), io.BytesIO()
-    ImageDraw.Draw(picture).line([(200 * x, 200 * y) for x, y in STROKES[7][0]], 0, 14)
+    picture = Image.new("L", (200, 200), 255)
+    points = [(200 * x, 200 * y) for x, y in STROKES[7][0]]
+    ImageDraw.Draw(picture).line(points, 0, 14)
+    data = io.BytesIO()
     picture.save(data, "PNG")
     return data.getvalue()
 
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a script without MNIST, which must end in one line after whatever the tests have done to it."""
-    options = (
-        "--checkpoint",
-        TRAINED_MODEL5,
-        "--data-dir",
-        tmp_path_factory.mktemp("empty"),
-        "--device",
-        "cpu",
-    )
-    command, pipe = [sys.executable, "predict_digits.py", "--draw", *options], subprocess.PIPE
-    environment = os.environ | {"BROWSER": "echo"}
+    """The port of a script without MNIST; it must end in one line, whatever the tests do to it."""
+    command = [sys.executable, "predict_digits.py", "--draw", "--device", "cpu"]
+    command += ["--checkpoint", TRAINED_MODEL5, "--data-dir", tmp_path_factory.mktemp("empty")]
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
+        command,
+        cwd=ROOT,
+        env=os.environ | {"BROWSER": "echo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as script:
         address = script.stdout.readline().split()[3]
         yield int(address.strip("/").rpartition(":")[2])
@@ -72,74 +73,90 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         assert script.stderr.read() == "predict_digits.py: interrupted; run it again\n"
 
 
-def send(port: int, head: str, body: bytes = b"", length: object = None) -> bytes:
+def send(port: int, head: str, body: bytes = b"") -> bytes:
     """Return the answer to a client that sends a request and then closes its side."""
-    head += f"\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
-    with socket.create_connection(
-        ("127.0.0.1", port), timeout=8
-    ) as client:  # less than the server's
-        client.sendall(head.encode() + body)
+    # The server's timeout is longer
+    with socket.create_connection(("127.0.0.1", port), timeout=8) as client:
+        client.sendall(f"{head}\r\n\r\n".encode() + body)
         client.shutdown(socket.SHUT_WR)
-        return b"".join(iter(lambda: client.recv(65536), b"")).rpartition(b"\r\n\r\n")[2]
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    return answer.rpartition(b"\r\n\r\n")[2]
 
 
 def post(port: int, body: bytes) -> dict:
     own = f"127.0.0.1:{port}"
-    return json.loads(send(port, f"POST / HTTP/1.0\r\nHost: {own}\r\nOrigin: http://{own}", body))
+    head = f"POST / HTTP/1.0\r\nHost: {own}\r\nOrigin: http://{own}\r\n"
+    return json.loads(send(port, f"{head}Content-Length: {len(body)}", body))
 
 
 def check(image: list, probabilities: list[float]) -> None:
-    """Check that the probabilities are, to a thousandth, those that the model gives for the image."""
-    model, pixels = Model5().eval(), torch.tensor(image, dtype=torch.uint8).view(1, 1, 28, 28)
-    model.load_state_dict(load_checkpoint(TRAINED_MODEL5)["model_state_dict"])
-    assert probabilities == pytest.approx(
-        predict(model, normalize(pixels)).softmax(1)[0].tolist(), abs=6e-4
-    )
+    """Check that these are, to a thousandth, the probabilities that the model gives the image."""
+    model = load_model(TRAINED_MODEL5, torch.device("cpu"))
+    pixels = torch.tensor(image, dtype=torch.uint8).view(1, 1, 28, 28)
+    expected = predict(model, normalize(pixels)).softmax(1)[0].tolist()
+    assert probabilities == pytest.approx(expected, abs=6e-4)
 
 
-def test_requests(port: int) -> None:
-    own = "HTTP/1.1\r\nHost: localhost"
-    assert send(port, f"GET / {own}") == (ROOT / "draw_digit.html").read_bytes()
-    for status, *request in [
+OWN = "HTTP/1.1\r\nHost: localhost"
+LENGTH = f"POST / {OWN}\r\nContent-Length:"
+
+
+@pytest.mark.parametrize(
+    ("status", "head"),
+    [
         (400, "\x16\x03\x01 \xff"),
         (403, "GET / HTTP/1.1"),
-        (403, f"GET / {own}.example.org"),
-        (403, f"POST / {own}\r\nOrigin: http://example.org", draw_picture()),
-        (403, f"POST / {own}:1\r\nOrigin: http://localhost:2", draw_picture()),
-        (404, f"GET /../models.py {own}"),
-        (501, f"PUT / {own}"),
-        (411, f"POST / {own}", b"x", ""),
-        *((400, f"POST / {own}", b"x", length) for length in (2, -1, "x")),
-        *((413, f"POST / {own}", b"x", length) for length in (1_000_000, "9" * 5000)),
-    ]:
-        assert f"Error code: {status}" in send(port, *request).decode(), request
+        (403, f"GET / {OWN}.example.org"),
+        (403, f"{LENGTH} 1\r\nOrigin: http://example.org"),
+        (403, f"POST / {OWN}:1\r\nOrigin: http://localhost:2\r\nContent-Length: 1"),
+        (404, f"GET /../models.py {OWN}"),
+        (501, f"PUT / {OWN}"),
+        (411, f"POST / {OWN}"),
+        (411, LENGTH),
+        (400, f"{LENGTH} 2"),
+        (400, f"{LENGTH} -1"),
+        (400, f"{LENGTH} x"),
+        (413, f"{LENGTH} 1000000"),
+        (413, f"{LENGTH} {'9' * 5000}"),
+    ],
+)
+def test_refused(status: int, head: str, port: int) -> None:
+    body = b"x" if "Length" in head else b""
+    assert f"Error code: {status}" in send(port, head, body).decode()
+
+
+def test_answered(port: int) -> None:
     idle = socket.create_connection(("127.0.0.1", port))
-    for request in ("", f"POST / {own}\r\nContent-Length: 9\r\n\r\nx", f"GET / {own}\r\n\r\n"):
-        with socket.create_connection(
-            ("127.0.0.1", port)
-        ) as client:  # goes away without reading the answer
+    for request in ("", f"{LENGTH} 9\r\n\r\nx", f"GET / {OWN}\r\n\r\n"):
+        # A client that goes away without reading the answer
+        with socket.create_connection(("127.0.0.1", port)) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             client.sendall(request.encode())
+    assert send(port, f"GET / {OWN}") == (ROOT / "draw_digit.html").read_bytes()
     assert "no known format" in post(port, b"no picture")["message"]
     answer = post(port, draw_picture())
     check(answer["image"], answer["probabilities"])
     idle.close()
-    with pytest.raises(
-        ScriptError, match=f"^cannot use port {port}: .*; leave out --port or name another$"
-    ):
-        serve_page(torch.nn.Identity(), port)
 
 
-def test_a_failing_model_and_a_silent_client(
-    monkeypatch: MonkeyPatch, capsys: CaptureFixture
-) -> None:
+def test_port_in_use(port: int) -> None:
+    message = f"^cannot use port {port}: .*; leave out --port or name another$"
+    with pytest.raises(ScriptError, match=message):
+        serve_page(dict, port)
+
+
+def test_one_reader_and_a_silent_client(monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+    def read(picture: bytes) -> dict:
+        return {"quotient": 1 // len(picture), "thread": threading.current_thread().name}
+
     assert 0 < PageRequest.timeout < 60
     monkeypatch.setattr(PageRequest, "timeout", 0.3)
-    with ThreadingHTTPServer(("127.0.0.1", 0), PageRequest) as server:
+    with PageServer(read, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        server.read = lambda data: 1 / 0
-        with socket.create_connection(server.server_address, timeout=20) as client:
-            assert post(server.server_port, b"x") == {"message": "division by zero"}
+        port = server.server_port
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            assert post(port, b"") == {"message": "integer division or modulo by zero"}
+            assert post(port, b"x") == post(port, b"x")  # a model may hold state
             assert client.recv(1) == b""
         server.shutdown()
     assert capsys.readouterr() == ("", "")
@@ -149,28 +166,23 @@ def test_a_failing_model_and_a_silent_client(
 def test_the_page(port: int, tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as tool:
-        browser = tool.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
-        page = browser.new_page(
-            has_touch=True, viewport={"width": 400, "height": 900}, device_scale_factor=2
-        )
+        chromium = shutil.which("chromium")
+        browser = tool.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        size = {"width": 400, "height": 900}
+        page = browser.new_page(has_touch=True, viewport=size, device_scale_factor=2)
         errors, asked, answered, images = [], [], [], {}
-        for event, events in (
-            ("pageerror", errors),
-            ("request", asked),
-            ("requestfinished", answered),
-        ):
-            page.on(event, lambda each, events=events: events.append(each))
+        page.on("pageerror", lambda error: errors.append(error))
+        page.on("request", lambda request: asked.append(request))
+        page.on("requestfinished", lambda request: answered.append(request))
         page.goto(f"http://127.0.0.1:{port}/")
-        box, press = page.locator("#pad").bounding_box(), page.keyboard.press
+        box = page.locator("#pad").bounding_box()
+        press = page.keyboard.press
 
         def draw(digit: int) -> None:
             for stroke in STROKES[digit]:
                 for x, y in stroke:
-                    page.mouse.move(
-                        box["x"] + x * box["width"], box["y"] + y * box["height"], steps=3
-                    )
+                    left = box["x"] + x * box["width"]
+                    page.mouse.move(left, box["y"] + y * box["height"], steps=3)
                     page.mouse.down()  # which it is already after the first point
                 page.mouse.up()
 
@@ -179,7 +191,7 @@ def test_the_page(port: int, tmp_path: Path) -> None:
             for _ in range(200):
                 seen = page.evaluate(SEEN)
                 if all(
-                    want(seen[key]) if callable(want) else seen[key] == want
+                    want(seen[key]) if callable(want) else want == seen[key]
                     for key, want in wanted.items()
                 ):
                     return seen
@@ -237,11 +249,9 @@ def test_the_page(port: int, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("text")
         page.set_input_files("#file", tmp_path / "a.txt")
         wait(image=dropped["image"], message="cannot read a.txt as a picture: use PNG or JPEG")
-        noise = np.random.default_rng(1).integers(
-            0, 255, (1500, 1000, 3), np.uint8
-        )  # a PNG of 4 MB
+        noise = np.random.default_rng(1).integers(0, 255, (1500, 1000, 3), np.uint8)
         noise[400:1100, 400:600] = 0
-        Image.fromarray(noise).save(tmp_path / "noise.png")
+        Image.fromarray(noise).save(tmp_path / "noise.png")  # 4 MB
         with page.expect_file_chooser() as chooser:
             page.click("#choose")
         chooser.value.set_files(tmp_path / "noise.png")
