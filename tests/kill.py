@@ -1,12 +1,13 @@
-"""Kill training or the download with SIGKILL at random moments, again and again, and check what is left each time.
+"""Kill training or the download with SIGKILL at random moments and check what is left each time.
 
     python tests/kill.py training 200
     python tests/kill.py download 200
 
-It runs on a tiny data set, in processes forked from this one, which has imported torch already. After each kill every
-checkpoint (every data file) must load whole; the next process goes on; and the end must equal that of a run which
-nobody disturbed. Training starts in the folder of an earlier run, which must come to no harm, and a second process
-tries to enter the folder at a random moment. Needs a system with fork.
+It runs on a tiny data set, in processes forked from this one, which has imported torch already.
+After each kill every checkpoint (every data file) must load whole; the next process goes on; and
+the end must equal that of a run which nobody disturbed. Training starts in the folder of an earlier
+run, which must come to no harm, and a second process tries to enter the folder at a random moment.
+Needs a system with fork.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ REFUSED = 7  # exit status
 
 
 def start(function: Callable, *args: object) -> int:
-    """Run a function in a process of its own whose writes to the disk take longer, and return its number."""
+    """Run a function in a process of its own, with slow writes to disk; return its number."""
     number = os.fork()
     if number:
         return number
@@ -62,7 +63,7 @@ def train(folder: Path, data_dir: Path, seed: int = 1) -> None:
     own = [
         path
         for path in folder.glob("mnist_model_epoch_*.pth")
-        if load_checkpoint(path)["seed"] == seed
+        if load_checkpoint(path)["options"]["seed"] == seed
     ]
     sys.argv += ["--resume"] if own else []
     train_test_mnist.main()
@@ -80,17 +81,15 @@ def load_originals(folder: Path) -> dict[str, bytes]:
 
 def kill(what: str, kills: int, workplace: Path) -> None:
     """Compare runs that were killed with one that was not."""
-    data_dir, earlier, undisturbed = (
-        workplace / "data",
-        workplace / "earlier",
-        workplace / "undisturbed",
-    )
+    data_dir = workplace / "data"
+    earlier = workplace / "earlier"
+    undisturbed = workplace / "undisturbed"
     write_tiny_files(data_dir / "MNIST" / "raw", packed=what == "download")
-    function, load, count = (
-        (download, load_originals, 4) if what == "download" else (train, load_all, 5)
-    )
     earlier.mkdir()
-    if what == "training":
+    if what == "download":
+        function, load, count = download, load_originals, 4
+    else:
+        function, load, count = train, load_all, 5
         assert os.waitpid(start(train, earlier, data_dir, 2), 0)[1] == 0
     started = time.monotonic()
     assert os.waitpid(start(function, undisturbed, data_dir), 0)[1] == 0
@@ -99,7 +98,8 @@ def kill(what: str, kills: int, workplace: Path) -> None:
     assert len(expected) == count
     done = runs = refused = 0
     while done < kills:
-        runs, statuses = runs + 1, []
+        runs += 1
+        statuses = []
         folder = Path(shutil.copytree(earlier, workplace / f"run {runs}"))
         while 0 not in statuses:
             processes = []
@@ -117,18 +117,15 @@ def kill(what: str, kills: int, workplace: Path) -> None:
         files = {(Path(name).name, data) for name, data in contents(folder).items()}
         assert {(name, data) for name, data in contents(earlier).items() if data} <= files
         assert not (folder / "earlier_run_incomplete").exists()
-        assert {path.name for path in folder.iterdir()} >= {
-            path.name for path in undisturbed.iterdir()
-        }
-    print(
-        f"{done} kills in {runs} runs, {refused} intruders refused: every file whole after each, every end undisturbed"
-    )
+        names = {path.name for path in folder.iterdir()}
+        assert names >= {path.name for path in undisturbed.iterdir()}
+    print(f"{done} kills in {runs} runs, {refused} intruders refused:", end=" ")
+    print("every file whole after each, every end undisturbed")
 
 
 if __name__ == "__main__":
-    torch.optim.SGD(
-        [torch.zeros(1, requires_grad=True)], lr=1
-    )  # imports much of torch, which no child then has to
+    # An optimizer imports much of torch, which no child then has to
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
     download_mnist.FILES = TINY_SUMS
     with tempfile.TemporaryDirectory() as name:
         kill(sys.argv[1], int(sys.argv[2]), Path(name))
