@@ -66,7 +66,7 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        remedy = "make room there or choose another folder"
+        remedy = "see that its folder is there and has room"
         raise ScriptError(f"cannot write {path}: {error.strerror}; {remedy}") from error
     finally:
         temporary.unlink(missing_ok=True)

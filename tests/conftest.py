@@ -1,10 +1,13 @@
-"""What the tests share: a tiny MNIST, the real one where there is one, and scripts run as a user would."""
+"""What the tests share: a tiny MNIST, the real one if it is here, scripts run as a user would."""
 
 import contextlib
+import csv
 import gzip
 import hashlib
 import io
 import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -24,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 TRAINED_MODEL5 = (
     ROOT / "tests" / "model5.pth"
 )  # with the README's stronger recipe and seed 1: 99.51 %
-FOUR_EPOCHS = "--epochs", 4, "--batch-size", 16, "--lr", 0.05
+FOUR_EPOCHS = "--epochs 4 --batch-size 16 --lr 0.05"
+EPOCHS = ONE, TWO, THREE, FOUR = [f"mnist_model_epoch_{epoch}.pth" for epoch in (1, 2, 3, 4)]
 
 # For scripts: no waiting for each other, one width, no network
 os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "PIP_NO_INDEX": "1"}
@@ -96,8 +100,9 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> tuple[Path, str]:
     """The checkpoint folder and the output of four epochs of Model5, started as a user would."""
     folder = tmp_path_factory.mktemp("trained") / "new" / "check points"
-    options = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--device", "cpu", *FOUR_EPOCHS
-    result = run("-c", ON_TINY_MNIST, "train_test_mnist.py", *options)
+    where = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--device cpu"
+    options = split_options("train_test_mnist.py", *where, FOUR_EPOCHS)
+    result = run("-c", ON_TINY_MNIST, *options)
     assert (result.returncode, result.stderr) == (0, "")  # no progress bar where nobody watches
     return folder, result.stdout
 
@@ -107,21 +112,29 @@ def train(tiny_mnist: None, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Return a function that trains in this process on the tiny data set and returns the standard output."""
 
     def train(folder: Path, *options: object) -> str:
-        command = [
-            "train_test_mnist.py",
-            "--data-dir",
-            tiny_data,
-            "--checkpoint-dir",
-            folder,
-            "--device",
-            "cpu",
-        ]
-        monkeypatch.setattr("sys.argv", [*map(str, [*command, *options])])
+        where = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--device cpu"
+        command = split_options("train_test_mnist.py", *where, *options)
+        monkeypatch.setattr("sys.argv", command)
         with contextlib.redirect_stdout(io.StringIO()) as output:
             train_test_mnist.main()
         return output.getvalue()
 
     return train
+
+
+@pytest.fixture
+def folder(trained: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the files of four epochs of Model5, to be damaged."""
+    return Path(shutil.copytree(trained[0], tmp_path / "check points"))
+
+
+@pytest.fixture
+def accuracies(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The test accuracies of the epochs to come, in which nothing is learned; to be filled."""
+    accuracies: list[float] = []
+    monkeypatch.setattr(train_test_mnist, "train_one_epoch", lambda *_, **options: (1.0, 10.0))
+    monkeypatch.setattr(train_test_mnist, "evaluate", lambda *_: (1.0, accuracies.pop(0)))
+    return accuracies
 
 
 @pytest.fixture(scope="session")
@@ -135,11 +148,30 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return download_mnist.download_mnist(data_dir, str(packed)).parent.parent
 
 
+def split_options(*options: object) -> list[str]:
+    """Return the words of a command line; options may stand in one string, a path is one word."""
+    words = []
+    for each in options:
+        words += [str(each)] if isinstance(each, Path) else str(each).split(" ")
+    return words
+
+
 def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run a Python script from a folder and return its exit status, output and errors as text."""
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def rows(output: str) -> list[list[str]]:
+    """Return the lines of the table of results without the seconds."""
+    return [line.split()[:-1] for line in output.splitlines() if re.match(r" +\d+ ", line)]
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's log without the seconds."""
+    log = list(csv.DictReader((folder / "training_log.csv").read_text().splitlines()))
+    assert all(float(row.pop("seconds")) > 0 for row in log)
+    return log
 
 
 def load_all(folder: Path) -> dict[str, dict]:
