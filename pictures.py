@@ -82,8 +82,8 @@ def draw_maps(axes: object, maps: Tensor) -> None:
     from torchvision.utils import make_grid
 
     count, height, width = maps.shape
-    factor = max(1, 24 // max(height, width))  # enlarged, so that lines between them are thin
-    large = F.interpolate(maps[:, None], scale_factor=factor)
+    # Enlarged, so that the lines between them are thin
+    large = F.interpolate(maps[:, None], scale_factor=max(1, 24 // max(height, width)))
     grid = make_grid(large, math.ceil(count**0.5), pad_value=math.nan)
     axes.imshow(grid[0].numpy())
     axes.set_title(f"{count} maps of {height}x{width}", fontsize=9)
@@ -103,8 +103,7 @@ def draw_mistakes(path: Path, images: Tensor, labels: Tensor, probabilities: Ten
         if i < len(images):
             axes.imshow(images[i, 0].cpu().numpy(), cmap="gray")
             shares = probabilities[i]
-            title = f"{labels[i]} read as {shares.argmax()}, {shares.max():.0%}"
-            axes.set_title(title, fontsize=8)
+            axes.set_title(f"{labels[i]} read as {shares.argmax()}, {shares.max():.0%}", fontsize=8)
     save_figure(path, figure)
 
 
