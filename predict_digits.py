@@ -1,10 +1,14 @@
 """Read your own digits with a trained model, or see where it errs on MNIST's test set.
 
-    python predict_digits.py photo.jpg scan.png     # a line for each: digit, probability, runner-up
-    python predict_digits.py                        # the test set: accuracy, confusion matrix,
-                                                    # worst mistakes
-    python predict_digits.py --plot mistakes.png    # draw the worst mistakes, too (matplotlib)
+    python predict_digits.py photo.jpg scan.png     # a line for each picture of a digit
+    python predict_digits.py                        # the test set: accuracy and mistakes
+    python predict_digits.py --plot mistakes.png    # draw the mistakes, too (needs matplotlib)
     python predict_digits.py --draw                 # a page in your browser to draw digits on
+
+The line of a picture names the two most probable digits, or says why not to trust the first:
+
+    photo.jpg: 4 (99.0%), then 7 (0.6%)
+    scan.png: unsure: several shapes of similar size; perhaps 7
 
 The model is the best one of the last training, unless --checkpoint names another.
 """
