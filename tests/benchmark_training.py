@@ -135,7 +135,7 @@ def main():
     add = parser.add_argument
     add("--model", default="Model5", help="class in models.py, or all (default: Model5)")
     add("--device", default="cpu", type=device_type, help="cpu or cuda (default: cpu)")
-    add("--steps", default=100, type=int, help="training steps a turn (default: 100)")
+    add("--steps", default=100, type=int, help="training steps a turn, at most 468 (default: 100)")
     add("--data-dir", default="data", help="holds MNIST/raw (default: data)")
     args = parser.parse_args()
     download_mnist(args.data_dir)
