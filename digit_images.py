@@ -117,8 +117,8 @@ def shrink(plane: ndarray, factor: int) -> ndarray:
 def find_digit(plane: ndarray) -> tuple[ndarray, str]:
     """Return the ink of the digit in a plane (H, W), and a reason to doubt it or "".
 
-    The ink is (h, w), as large as the plane or a little larger, in 0..1 and 0 outside the digit.
-    Raises ScriptError if there is none.
+    The ink is in 0..1, and 0 outside the digit. It is as large as the plane, or half as large or
+    less if the ink is pale, and padded a little. Raises ScriptError if there is none.
     """
     cell = math.ceil(max(plane.shape) / CELLS)
     ink = subtract_paper(plane, cell)
@@ -171,7 +171,7 @@ def running_max(values: ndarray, reach: int) -> ndarray:
     """Return the maximum of (H, W) around each pixel, up to `reach` pixels to each side."""
     size = 2 * reach + 1
     values = np.pad(values, reach, "edge")
-    for _ in range(2):  # along columns, then along rows
+    for _ in range(2):  # once along each axis
         values = values.T
         width = 1
         while width < size:  # values[i] is the maximum of `width` values from the i-th on
