@@ -14,7 +14,6 @@
 import contextlib
 import csv
 import io
-import itertools
 import pickle
 import re
 import sys
@@ -22,11 +21,11 @@ import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
 
 import pictures
 from models import build_model
@@ -35,13 +34,12 @@ from utils import ScriptError, describe_error, write_file
 BEST = "best_mnist_model.pth"
 LOG = "training_log.csv"
 CURVES = "training_curves.png"
-NOT_PLAIN = "more than tensors, numbers and text"
 ZIP_FOLDER = 0x10  # marks an entry of a zip file as a folder, whose content torch ignores
 
 
 def save_epoch(
     folder: Path,
-    model: nn.Module,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     history: list[dict],
     options: dict,
@@ -86,13 +84,11 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a dict of tensors and plain values; raise ScriptError if it could not be read again."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    data = buffer.getvalue()
     try:
-        unpack(data)
-    except pickle.UnpicklingError as error:
-        problem = f"cannot save {path}: the model's state holds {NOT_PLAIN}"
-        raise ScriptError(f"{problem}; see get_extra_state") from error
-    write_file(path, data)
+        unpack(buffer.getvalue())
+    except ValueError as error:
+        raise ScriptError(f"cannot save {path}: {error}; see get_extra_state") from error
+    write_file(path, buffer.getvalue())
 
 
 def save_log(folder: Path, history: list[dict]) -> None:
@@ -118,47 +114,48 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
         if archive.testzip() or any(each.external_attr & ZIP_FOLDER for each in entries):
             raise ValueError("it is damaged")
         checkpoint = unpack(data)
-        if epoch_in(path) not in (None, checkpoint.get("epoch")):
+        if epoch_in(path) not in (0, checkpoint.get("epoch")):
             raise ValueError(f"it holds epoch {checkpoint.get('epoch')}")
-        check_content(checkpoint, to_resume)
-    except ScriptError as error:
-        raise type(error)(f"{path} {error}") from error
+        check_content(path, checkpoint, to_resume)
+    except ScriptError:
+        raise
     except Exception as error:  # a file that is no checkpoint can fail anywhere
         reason = describe_error(error)
-        if isinstance(error, pickle.UnpicklingError):
-            reason = f"it holds {NOT_PLAIN}"
         raise ScriptError(f"{path} is not an intact checkpoint: {reason}; name another") from error
     return checkpoint
 
 
 def unpack(data: bytes) -> dict:
-    """Return what torch.save has written, on the CPU."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.0 warns about what it does itself
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    """Return what torch.save has written, on the CPU; raise ValueError if it is not plain data."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.0 warns about what it does itself
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("it holds more than tensors, numbers and text") from error
 
 
 class ChangedModelError(ScriptError):
     """A checkpoint does not fit the class that it names, because the class has changed."""
 
 
-def check_content(checkpoint: dict, to_resume: bool) -> None:
+def check_content(path: Path, checkpoint: dict, to_resume: bool) -> None:
     """Raise an exception unless the states fit their class and are finite."""
     needed = ["model_name", "model_state_dict", "epoch"]
-    remedy = "restore the class, or give the changed one a new name"
     if to_resume:
         needed += ["optimizer_state_dict", "best_epoch", "history", "options"]
-        remedy += ", or start anew without --resume"
     missing = [key for key in needed if key not in checkpoint]
     if missing:
         cause = "another program or an older version has saved it"
-        raise ScriptError(f"has no {', '.join(missing)}: {cause}; name another")
+        raise ScriptError(f"{path} has no {', '.join(missing)}: {cause}; name another")
 
     name = checkpoint["model_name"]
+    trained = f"{path} was trained with"
+    remedy = "restore the class, or give the changed one a new name, or start anew"
     try:
         model = build_model(name)
     except ScriptError as error:
-        raise ChangedModelError(f"was trained with {name}, but {error}; {remedy}") from error
+        raise ChangedModelError(f"{trained} {name}, but {error}; {remedy}") from error
     change = describe_change(checkpoint.get("architecture", ""), str(model))
     try:
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -167,7 +164,7 @@ def check_content(checkpoint: dict, to_resume: bool) -> None:
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     except (RuntimeError, ValueError) as error:
         reason = change or textwrap.shorten(str(error), 300)
-        raise ChangedModelError(f"was trained with another {name}: {reason}; {remedy}") from error
+        raise ChangedModelError(f"{trained} another {name}: {reason}; {remedy}") from error
     if change and to_resume:
         print(f"Warning: {name} has changed since this run was started: {change}", file=sys.stderr)
     tensors = [each for each in model.parameters() if each.requires_grad]  # a mask may be infinite
@@ -189,21 +186,15 @@ def describe_change(before: str, now: str) -> str:
     """
     if not before:
         return ""
-    pairs = itertools.zip_longest(layers_of(before), layers_of(now), fillvalue="nothing")
-    # A lazy layer changes its name when it is first run
-    changes = (f"{old} is now {new}" for old, new in pairs if old != new and "Lazy" not in new)
-    return next(changes, "")
-
-
-def layers_of(architecture: str) -> list[str]:
-    """Return the lines of str(model) with the full names of their modules."""
-    path = []
-    layers = []
-    pattern = r"^((?:  )+)\((.+?)\): (.+?)\(?$"  # indentation, name and type of a module
-    for indent, name, layer in re.findall(pattern, architecture, re.MULTILINE):
-        path[len(indent) // 2 - 1 :] = [name]
-        layers.append(f"{'.'.join(path)}: {layer}")
-    return layers
+    layer = r"\(.+\): .+"  # its name, type and arguments
+    pairs = zip_longest(re.findall(layer, before), re.findall(layer, now), fillvalue="nothing")
+    block = ""
+    for old, new in pairs:
+        if old != new and "Lazy" not in new:  # a lazy layer changes its name when it is first run
+            return f"{block}{old} is now {new}"
+        if new.endswith("("):
+            block = f"below {new.split(':')[0]}, "
+    return ""
 
 
 def load_weights(path: Path, model_name: str) -> dict:
@@ -218,15 +209,15 @@ def epoch_path(folder: Path, epoch: int) -> Path:
     return folder / f"mnist_model_epoch_{epoch}.pth"
 
 
-def epoch_in(path: Path) -> int | None:
-    """Return the number in the name of an epoch's checkpoint, None for other names."""
+def epoch_in(path: Path) -> int:
+    """Return the number in the name of an epoch's checkpoint, 0 for other names."""
     match = re.fullmatch(r"mnist_model_epoch_([1-9][0-9]*)\.pth", path.name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else 0
 
 
 def epoch_files(folder: Path, after: int = 0) -> list[Path]:
     """Return the checkpoints of the epochs after that one, the newest first."""
-    paths = [path for path in folder.glob("*.pth") if (epoch_in(path) or 0) > after]
+    paths = [path for path in folder.glob("*.pth") if epoch_in(path) > after]
     return sorted(paths, key=epoch_in, reverse=True)
 
 
@@ -238,38 +229,25 @@ def best_epoch_in(folder: Path) -> int:
         return 0
 
 
-def find_checkpoint(folder: Path, resume: Path | bool | None) -> tuple[Path | None, dict]:
-    """Return path and content of the checkpoint to resume.
-
-    `resume` is its path, True for the newest intact one in the folder, or None for a new run: then
-    there is no path and no content.
-    """
-    if resume is None:
-        return None, {}
-    if resume is True:
-        return find_newest_checkpoint(folder)
-    return resume, load_checkpoint(resume, to_resume=True)
-
-
 def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
     """Return path and content of the newest intact checkpoint, and say which newer ones are not.
 
     Raises ScriptError if no checkpoint is intact.
     """
-    damaged = []
+    skipped = ""
     for path in [*epoch_files(folder), *folder.glob(BEST)]:
         try:
             checkpoint = load_checkpoint(path, to_resume=True)
         except ChangedModelError:  # the older files do not fit either
             raise
         except ScriptError as error:
-            damaged.append(str(error))
+            skipped += f"{error}. "
             continue
-        if damaged:
-            print(f"Skipping: {'; '.join(damaged)}. Resuming from {path}", file=sys.stderr)
+        if skipped:
+            print(f"Skipping: {skipped}Resuming from {path}", file=sys.stderr)
         return path, checkpoint
-    reasons = "; ".join(damaged) or "there is no checkpoint"
-    raise ScriptError(f"cannot resume in {folder}: {reasons}. Leave out --resume to start anew")
+    reasons = skipped or "there is no checkpoint. "
+    raise ScriptError(f"cannot resume in {folder}: {reasons}Leave out --resume to start anew")
 
 
 @contextlib.contextmanager
@@ -309,9 +287,10 @@ def set_aside(folder: Path, after: int = 0) -> None:
     for path in paths:
         path.rename(moving / path.name)
     if moving.exists():
-        targets = (folder / f"earlier_run_{number}" for number in itertools.count(1))
-        target = next(path for path in targets if not path.exists())
-        moving.rename(target)
+        number = 1
+        while (folder / f"earlier_run_{number}").exists():
+            number += 1
+        target = moving.rename(folder / f"earlier_run_{number}")
         print(f"Moved {len(list(target.iterdir()))} files of an earlier run to {target}")
 
 

@@ -40,13 +40,13 @@ What decides no result, or changes only where it is computed:
     -h, --help             print this
 """
 
-import argparse
-import contextlib
 import math
 import os
 import shlex
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +88,7 @@ def train_step(
 
     `images` are (N, 1, 28, 28), `labels` (N,). `amp`: compute in bfloat16 where it suffices.
     """
-    with torch.autocast(images.device.type, torch.bfloat16) if amp else contextlib.nullcontext():
+    with torch.autocast(images.device.type, torch.bfloat16) if amp else nullcontext():
         logits = model(images)  # (N, 10)
         loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
@@ -118,13 +118,12 @@ def train_one_epoch(
     model.train()
     totals = torch.zeros(2, device=images.device)  # sum of the losses, number of correct answers
     batches = torch.randperm(len(images)).to(images.device).split(batch_size)
-    bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix} "  # fits 80 columns
     with tqdm(
         batches,
         description,
         leave=False,
         disable=None,  # where nobody watches
-        bar_format=bar_format,
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix} ",  # fits 80 columns
         nrows=24,  # because some terminals say that they have none
     ) as bar:
         for number, batch in enumerate(bar, 1):
@@ -136,9 +135,8 @@ def train_one_epoch(
             totals[0] += loss * len(batch)
             totals[1] += correct
             if number % log_interval == 0 or number == len(batches):
-                total_loss, correct = (
-                    totals.tolist()
-                )  # makes the CPU wait for the GPU, so not in every step
+                # Makes the CPU wait for the GPU, so not in every step
+                total_loss, correct = totals.tolist()
                 seen = min(number * batch_size, len(images))
                 mean_loss, accuracy = total_loss / seen, 100 * correct / seen
                 if not math.isfinite(mean_loss):
@@ -172,21 +170,23 @@ def main() -> None:
     if args.plot:
         pictures.require_matplotlib()
     folder = args.checkpoint_dir or Path("model_checkpoints")
-    if args.resume and args.resume is not True:  # but a file
+    if isinstance(args.resume, Path):
         folder = args.resume.parent
         if args.checkpoint_dir and args.checkpoint_dir.resolve() != folder.resolve():
             raise ScriptError(f"--checkpoint-dir contradicts {args.resume}; leave it out")
-    saved: list[Path] = []
+    saved = []
     try:
-        with contextlib.nullcontext() if args.dry_run else checkpoints.hold_folder(folder):
+        with nullcontext() if args.dry_run else checkpoints.hold_folder(folder):
             train(args, folder, saved)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(how_to_go_on(saved)) from error
     except BrokenPipeError:
         raise
-    except (ScriptError, OSError, FloatingPointError) as error:
+    except FloatingPointError as error:
+        raise ScriptError(f"{error}; try a lower --lr; {how_to_go_on(saved)}") from error
+    except (ScriptError, OSError) as error:
         raise ScriptError(f"{error}; {how_to_go_on(saved)}") from error
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         remedy = "choose a smaller --batch-size or --test-batch-size, or --device cpu"
@@ -194,28 +194,31 @@ def main() -> None:
 
 
 def how_to_go_on(saved: list[Path]) -> str:
-    there = [path for path in saved if path.exists()]
-    if not there:
-        return "nothing was saved yet"
-    return f"to go on: python train_test_mnist.py --resume {shlex.quote(there[-1].as_posix())}"
+    for path in reversed(saved):
+        if path.exists():
+            return f"to go on: python train_test_mnist.py --resume {shlex.quote(path.as_posix())}"
+    return "nothing was saved yet"
 
 
-def train(args: argparse.Namespace, folder: Path, saved: list[Path]) -> None:
+def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
     """Train, test and save, epoch after epoch; add the path of each checkpoint to `saved`."""
-    start, resumed = checkpoints.find_checkpoint(folder, args.resume)
+    start, resumed = args.resume, {}
+    if start is True:
+        start, resumed = checkpoints.find_newest_checkpoint(folder)
+    elif start:
+        resumed = checkpoints.load_checkpoint(start, to_resume=True)
     options = choose_options(vars(args), start, resumed)
     history = resumed.get("history", [])
+    done = len(history)
     if start:
         saved.append(start)
         if not args.dry_run:
             checkpoints.make_way(folder, resumed, options.epochs)
-    if len(history) >= options.epochs:
-        done = len(history)
+    if done >= options.epochs:
         print(f"{start} has finished epoch {done}: nothing left to do; --epochs may be larger")
         return
 
-    model, optimizer, scheduler, data = prepare(args, options, resumed)
-    train_set, val_set, test_set = data
+    model, optimizer, scheduler, (train_set, val_set, test_set) = prepare(args, options, resumed)
     step = train_step
     if args.device.type == "cuda" and hasattr(torch.Generator, "clone_state"):  # torch 2.4 or newer
         # Because the default stream cannot be recorded
@@ -226,10 +229,9 @@ def train(args: argparse.Namespace, folder: Path, saved: list[Path]) -> None:
     recipe = [f"{name} {getattr(options, name)}" for name in RECIPE]
     print(f"{options.model} on {args.device}: {', '.join(recipe)}")
     validation = "     val loss   accuracy" if val_set else ""
-    results = f"train loss   accuracy{validation}    test loss   accuracy"
-    print(f"epoch   {results}       best   seconds")
+    print(f"epoch   train loss   accuracy{validation}    test loss   accuracy       best   seconds")
 
-    for epoch in range(len(history) + 1, options.epochs + 1):
+    for epoch in range(done + 1, options.epochs + 1):
         seed_epoch(options.seed, epoch)
         began = time.perf_counter()
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
@@ -245,9 +247,9 @@ def train(args: argparse.Namespace, folder: Path, saved: list[Path]) -> None:
             description=f"epoch {epoch}/{options.epochs}",
             step=step,
         )
-        row["val_loss"], row["val_accuracy"] = None, None
-        if val_set:
-            row["val_loss"], row["val_accuracy"] = evaluate(model, *val_set, args.test_batch_size)
+        row["val_loss"], row["val_accuracy"] = (
+            evaluate(model, *val_set, args.test_batch_size) if val_set else (None, None)
+        )
         row["test_loss"], row["test_accuracy"] = evaluate(model, *test_set, args.test_batch_size)
         row["seconds"] = time.perf_counter() - began
         history.append(row)
@@ -260,14 +262,14 @@ def train(args: argparse.Namespace, folder: Path, saved: list[Path]) -> None:
         print(format_row(history), flush=True)
 
     best = checkpoints.best_row(history)
-    path = [*folder.glob(checkpoints.BEST), saved[-1]][0]
+    best_file = [*folder.glob(checkpoints.BEST), saved[-1]][0]
     print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %")
     print(f"Last: epoch {epoch}, test accuracy {row['test_accuracy']:.2f} %, saved as {saved[-1]}")
     command = "python predict_digits.py --test-set --draw --checkpoint"
-    print(f"Next: {command} {shlex.quote(path.as_posix())}")
+    print(f"Next: {command} {shlex.quote(best_file.as_posix())}")
 
 
-def choose_options(given: dict, start: Path | None, resumed: dict) -> argparse.Namespace:
+def choose_options(given: dict, start: Path | None, resumed: dict) -> Namespace:
     """Return the recipe's options: what is given, else what the run to resume has, else defaults.
 
     Raises ScriptError if an option that is given contradicts the run to resume.
@@ -282,10 +284,10 @@ def choose_options(given: dict, start: Path | None, resumed: dict) -> argparse.N
             remedy = f"leave it out, or start a new run with --init-from {start}"
             raise ScriptError(f"{option} contradicts {start}, whose run has {value}; {remedy}")
         options[name] = given[name]
-    return argparse.Namespace(**options)
+    return Namespace(**options)
 
 
-def prepare(args: argparse.Namespace, options: argparse.Namespace, resumed: dict) -> tuple:
+def prepare(args: Namespace, options: Namespace, resumed: dict) -> tuple:
     """Return model, optimizer and scheduler, and the training, validation and test set.
 
     A set is a pair of images and labels; without --val-size the second is empty. Raises ScriptError
@@ -308,34 +310,30 @@ def prepare(args: argparse.Namespace, options: argparse.Namespace, resumed: dict
     elif options.init_from != "none":
         weights = checkpoints.load_weights(Path(options.init_from), options.model)
         model.load_state_dict(weights)
-    sizes = options.batch_size, args.test_batch_size
-    check_model(options.model, model.state_dict(), *train_set, *sizes, options.amp)
-    weight_decay = options.weight_decay
-    optimizer = SGD(model.parameters(), options.lr, options.momentum, weight_decay=weight_decay)
+    batch_size = options.batch_size
+    check_model(
+        options.model, model.state_dict(), *train_set, batch_size, args.test_batch_size, options.amp
+    )
+    optimizer = SGD(
+        model.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
+    )
     if resumed:
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
 
     sets = train_set, val_set, test_set
     if args.dry_run:  # one batch of each
-        sets = [[tensor[: options.batch_size] for tensor in each] for each in sets]
-    steps = math.ceil(len(sets[0][0]) / options.batch_size)
-    return model, optimizer, make_scheduler(optimizer, options, steps, resumed), sets
-
-
-def make_scheduler(
-    optimizer: Optimizer, options: argparse.Namespace, steps: int, resumed: dict
-) -> OneCycleLR | None:
-    """Return what changes the learning rate after each of an epoch's steps.
-
-    "onecyclelr" starts at lr/25, rises to lr in the first 30 % of all steps and falls to almost 0
-    in the others, each along half a cosine (Smith and Topin, "Super-Convergence", 2017). To go on,
-    the optimizer must have its state already, because that holds these bounds.
-    """
-    if options.lr_scheduler == "constant":
-        return None
-    last_step = resumed.get("epoch", 0) * steps - 1  # counted from 0
-    total = options.epochs * steps
-    return OneCycleLR(optimizer, options.lr, total, cycle_momentum=False, last_epoch=last_step)
+        sets = [[tensor[:batch_size] for tensor in each] for each in sets]
+    scheduler = None
+    if options.lr_scheduler == "onecyclelr":
+        # From lr/25 up to lr in the first 30 % of all steps, then down to almost 0, each along half
+        # a cosine (Smith and Topin, "Super-Convergence", 2017). To go on, the optimizer must have
+        # its state already, because that holds these bounds.
+        steps = math.ceil(len(sets[0][0]) / batch_size)  # in an epoch
+        last = resumed.get("epoch", 0) * steps - 1  # counted from 0
+        scheduler = OneCycleLR(
+            optimizer, options.lr, options.epochs * steps, cycle_momentum=False, last_epoch=last
+        )
+    return model, optimizer, scheduler, sets
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
@@ -348,19 +346,17 @@ def seed_epoch(seed: int, epoch: int) -> None:
 
 def format_row(history: list[dict]) -> str:
     """Return the last epoch's line of results."""
-    row = history[-1]
-    cells = [f"{row['epoch']:5}"]
+    row, best = history[-1], checkpoints.best_row(history)
+    line = f"{row['epoch']:5}"
     for part in ("train", "val", "test"):
         if row[f"{part}_loss"] is not None:
-            cells.append(f"{row[f'{part}_loss']:10.4f}   {row[f'{part}_accuracy']:6.2f} %")
-    best = checkpoints.best_row(history)
-    cells.append(f"{best['test_accuracy']:6.2f} %   {row['seconds']:7.1f}")
-    return "   ".join(cells)
+            line += f"   {row[f'{part}_loss']:10.4f}   {row[f'{part}_accuracy']:6.2f} %"
+    return f"{line}   {best['test_accuracy']:6.2f} %   {row['seconds']:7.1f}"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Return the options; those of the recipe are None unless they are given."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    parser = ArgumentParser(usage=SUPPRESS)
     parser.format_help = lambda: __doc__
     add = parser.add_argument
     count = number_type(int, 1, 10**9)
@@ -372,20 +368,17 @@ def parse_args() -> argparse.Namespace:
     add("--lr-scheduler", choices=["constant", "onecyclelr"])
     add("--momentum", type=number_type(float, 0, 1))
     add("--weight-decay", type=factor)
-    add("--augment", action="store_true", default=None)
-    add("--amp", action="store_true", default=None)
     add("--val-size", type=number_type(int, 0, 50001))
     add("--init-from")
     add("--seed", type=number_type(int, 0, 2**32))
     add("--resume", nargs="?", const=True, type=path_type)
     add("--device", default="auto", type=device_type)
-    add("--deterministic", action="store_true")
     add("--data-dir", default="data", type=path_type)
     add("--checkpoint-dir", type=path_type)
     add("--test-batch-size", default=1000, type=count)
     add("--log-interval", default=10, type=count)
-    add("--plot", action="store_true")
-    add("--dry-run", action="store_true")
+    for flag in ("--augment", "--amp", "--deterministic", "--plot", "--dry-run"):
+        add(flag, action="store_true", default=None)
     return parser.parse_args()
 
 
