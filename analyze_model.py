@@ -31,7 +31,7 @@ from model_runs import (
     is_layer,
     module_maps,
 )
-from models import build_model, default_model_name, find_model_name, model_classes
+from models import build_model, find_model_name, model_classes
 from pictures import draw_receptive_fields, require_matplotlib
 from receptive_fields import MISMATCH, Axis
 from utils import ScriptError, device_type, number_type, path_type, run_script
@@ -442,8 +442,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     count = number_type(int, 1, 10**9)
     models = list(model_classes())
-    default = f"classes, or all (default: {default_model_name()})"
-    add("--model", nargs="+", type=find_model_name, choices=[*models, "all"], help=default)
+    known = f"{', '.join(models)}, or all (default: Model5)"
+    add("--model", nargs="+", type=find_model_name, metavar="NAME", help=known)
     add(
         "--checkpoint",
         type=path_type,
@@ -503,7 +503,7 @@ def main() -> None:
     """Analyze model after model, and print and draw what was found."""
     args = parse_args()
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
-    names = args.model or [checkpoint["model_name"] if checkpoint else default_model_name()]
+    names = args.model or [checkpoint["model_name"] if checkpoint else "Model5"]
     if checkpoint and names != [checkpoint["model_name"]]:
         raise ScriptError(
             f"{args.checkpoint} holds weights of {checkpoint['model_name']}: leave out --model"

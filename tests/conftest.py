@@ -58,7 +58,7 @@ TINY_SUMS = {
     name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in TINY_FILES.items()
 }
 
-# Runs the script that is named first, as `python script.py ...` would, with the tiny data set for MNIST and no mirror
+# Runs the script that is named first, with the tiny data set for MNIST and no mirror
 ON_TINY_MNIST = f"""
 import runpy, sys, download_mnist
 download_mnist.FILES, download_mnist.MIRRORS = {TINY_SUMS}, ()
@@ -109,7 +109,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> tuple[
 
 @pytest.fixture
 def train(tiny_mnist: None, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Return a function that trains in this process on the tiny data set and returns the standard output."""
+    """Return a function that trains in this process on the tiny data set; it returns the output."""
 
     def train(folder: Path, *options: object) -> str:
         where = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--device cpu"
@@ -139,7 +139,7 @@ def accuracies(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with the real MNIST; the test is skipped where there is none on this machine."""
+    """A data folder with the real MNIST; the test is skipped if there is none."""
     if all((ROOT / "data" / "MNIST" / "raw" / name).exists() for name in download_mnist.FILES):
         return ROOT / "data"
     packed, data_dir = ROOT.parent / "shared" / "mnist", tmp_path_factory.mktemp("real")
@@ -187,7 +187,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_same(first: object, second: object) -> None:
-    """Check that two checkpoints, or parts of them, are equal to the last bit, but for the seconds they took."""
+    """Check that two checkpoints or their parts are equal to the last bit, but for the seconds."""
     if isinstance(first, list):
         first, second = dict(enumerate(first)), dict(enumerate(second))
     if isinstance(first, dict):
@@ -199,7 +199,7 @@ def assert_same(first: object, second: object) -> None:
 
 
 def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Check that a script failed as it should: one line of error that holds the words, no traceback."""
+    """Check that a script failed as it should: in one line that holds the words."""
     assert result.returncode not in (0, -9), result
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert [word for word in words if word not in result.stderr] == []

@@ -1,4 +1,4 @@
-"""The recorded training step, held against the same step as it is; skipped without an NVIDIA GPU."""
+"""The recorded training step, held against the same step as it is; skipped without a GPU."""
 
 import random
 from collections.abc import Callable, Iterator

@@ -24,7 +24,7 @@ class Shift(nn.Module):
     def __init__(self, *, by): ...
 class TinyNet(nn.Sequential):
     def __init__(self, width=4, *, stride=2):
-        super().__init__(nn.Conv2d(1, width, 5, stride), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        super().__init__(nn.Conv2d(1, width, 5, stride), nn.Flatten(), nn.Linear(576, 10))
 class Passing(TinyNet):
     def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
 class Inheriting(Model1): ...
@@ -81,9 +81,8 @@ def test_names_in_upper_and_lower_case(monkeypatch: MonkeyPatch) -> None:
     assert [models.find_model_name(name) for name in ("mODEL2", "Model3")] == ["Model2", "Model3"]
     assert type(models.build_model("mODEL2")) is models.Model2
     assert list(models.model_classes()) == list(PARAMETERS)
-    with raises(
-        ScriptError, match="^models.py has no model 'Model3'; it has Model1, Model2, Model5"
-    ):
+    known = "Model1, Model2, Model5"
+    with raises(ScriptError, match=rf"^models\.py has no model 'Model3'; it has {known}$"):
         models.build_model("Model3")
     monkeypatch.setattr(models, "model_classes", lambda: {"Net": nn.Linear, "net": nn.ReLU})
     found = [models.find_model_name(name) for name in ("Net", "net", "NET")]
@@ -105,4 +104,4 @@ def test_own_classes_need_no_second_place(tmp_path: Path) -> None:
     result = run("analyze_model.py", "--model", "tinynet", "passing", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"^total +5,860 +14 +5,874 ", result.stdout, re.MULTILINE)) == 2
-    assert len(re.findall(r"^3 +Linear .* 27x27$", result.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^2 +Linear .* 27x27$", result.stdout, re.MULTILINE)) == 2

@@ -331,7 +331,7 @@ def test_parameters_that_became_buffers(folder: Path, monkeypatch: MonkeyPatch) 
     changed = type("Model5", (models.Model5,), {"__init__": build})
     monkeypatch.setattr(models, "model_classes", lambda: {"Model5": changed})
     load_checkpoint(folder / FOUR)  # its weights fit
-    with raises(ScriptError, match="was trained with another Model5: .*; restore the class, or"):
+    with raises(ScriptError, match=r"was trained with another Model5: .*; restore the class, or"):
         load_checkpoint(folder / FOUR, to_resume=True)
 
 
