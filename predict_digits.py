@@ -10,11 +10,21 @@ The line of a picture names the two most probable digits, or says why not to tru
     photo.jpg: 4 (99.0%), then 7 (0.6%)
     scan.png: unsure: several shapes of similar size; perhaps 7
 
-The model is the best one of the last training, unless --checkpoint names another.
+Options:
+
+    FILE ...                pictures of one digit each (default: the test set)
+    --checkpoint FILE       the trained model (default: model_checkpoints/best_mnist_model.pth)
+    --test-set              look at the test set, too, with files or --draw
+    --draw                  then serve a page to draw digits on, until Ctrl-C
+    --port N                the page's port (default: 0, one that is free)
+    --plot FILE             draw the 40 worst mistakes into this PNG file; needs matplotlib
+    --save-prepared FOLDER  save there what the model sees
+    --data-dir FOLDER       holds MNIST/raw (default: data)
+    --device NAME           cpu, cuda, mps, xpu, or auto: a GPU if there is one (default: auto)
+    -h, --help              print this
 """
 
 import argparse
-import functools
 import sys
 from pathlib import Path
 
@@ -54,10 +64,8 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
             raise ValueError(f"it does not return {CLASSES} finite numbers for each")
         return logits
     except Exception as error:  # whatever a user's forward raises
-        raise ScriptError(
-            f"{type(model).__name__} fails on {IMAGE_SIDE}x{IMAGE_SIDE} images: "
-            f"{describe_error(error)}; fix it"
-        ) from error
+        reason = f"{IMAGE_SIDE}x{IMAGE_SIDE} images: {describe_error(error)}"
+        raise ScriptError(f"{type(model).__name__} fails on {reason}; fix it") from error
 
 
 def read_digit(model: nn.Module, source: Path | bytes) -> dict:
@@ -84,14 +92,12 @@ def main() -> None:
         images, labels = load_mnist(args.data_dir, train=False, device=args.device)
         logits = predict(model, images)
         worst = worst_mistakes(logits, labels)
-        print(
-            f"{type(model).__name__} of {printable(str(args.checkpoint))} on the test set: "
-            f"{format_mistakes(logits, labels, worst)}"
-        )
+        title = f"{type(model).__name__} of {args.checkpoint} on the test set: "
+        print(printable(title) + format_mistakes(logits, labels, worst))
         if args.plot:
             draw_mistakes(args.plot, images[worst], labels[worst], logits[worst].softmax(1))
     if args.draw:
-        serve_page(functools.partial(read_digit, model), args.port)
+        serve_page(lambda picture: read_digit(model, picture), args.port)
     if not all_read:
         sys.exit(1)
 
@@ -99,9 +105,7 @@ def main() -> None:
 def load_model(path: Path, device: torch.device) -> nn.Module:
     """Return a checkpoint's model, ready to predict; raise ScriptError if it cannot be loaded."""
     if not path.exists():
-        raise ScriptError(
-            f"there is no {path}: train a model first, with python train_test_mnist.py"
-        )
+        raise ScriptError(f"there is no {path}: first train a model: python train_test_mnist.py")
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint["model_name"]).to(device)
     model.load_state_dict(checkpoint["model_state_dict"])
@@ -121,15 +125,12 @@ def print_readings(model: nn.Module, paths: list[Path], folder: Path | None) -> 
             reading = read_digit(model, path)
             if folder:
                 image = Image.fromarray(np.uint8(reading["image"]))
-                name = f"{number}_{path.stem}_{image.width}x{image.height}.png"
-                image.save(folder / name)
+                image.save(folder / f"{number}_{path.stem}_{image.width}x{image.height}.png")
         except (ScriptError, OSError) as error:  # the next picture may be fine
-            line = f"predict_digits.py: error: {path}: {error}"
-            print(printable(line), file=sys.stderr)
+            print(printable(f"predict_digits.py: error: {path}: {error}"), file=sys.stderr)
             all_read = False
         else:
-            line = f"{path}: {format_answer(reading)}"
-            print(printable(line), flush=True)
+            print(printable(f"{path}: {format_answer(reading)}"), flush=True)
     return all_read
 
 
@@ -158,18 +159,14 @@ def format_mistakes(logits: Tensor, labels: Tensor, worst: list[int]) -> str:
     `logits` are (N, CLASSES), `labels` (N,), and `worst` what worst_mistakes() returns for them.
     """
     accuracy = 100 * (1 - len(worst) / len(labels))
-    text = f"accuracy {accuracy:.2f} %, {len(worst)} of {len(labels):,} wrong\n\nlabel"
+    text = f"accuracy {accuracy:.2f} %, {len(worst)} of {len(labels):,} wrong\n\n"
 
-    for digit in range(CLASSES):
-        text += f"   as {digit}"
-    text += "  wrong"
+    text += "label" + "".join(f"   as {digit}" for digit in range(CLASSES)) + "  wrong"
     predictions = logits.argmax(1)
     for digit in range(CLASSES):
         counts = predictions[labels == digit].bincount(minlength=CLASSES).tolist()
-        text += f"\n{digit:5}"
-        for count in counts:
-            text += f"{count or '.':>7}"
-        text += f"{sum(counts) - counts[digit]:7}"
+        cells = "".join(f"{count or '.':>7}" for count in counts)
+        text += f"\n{digit:5}{cells}{sum(counts) - counts[digit]:7}"
 
     text += "\n\nindex  label  read as  probability    loss"
     for i in worst[:10]:
@@ -180,51 +177,18 @@ def format_mistakes(logits: Tensor, labels: Tensor, worst: list[int]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    parser.format_help = lambda: __doc__
     add = parser.add_argument
-    add(
-        "files",
-        nargs="*",
-        type=path_type,
-        metavar="FILE",
-        help="pictures of one digit each (default: the test set)",
-    )
-    add(
-        "--checkpoint",
-        default=f"model_checkpoints/{BEST}",
-        type=path_type,
-        help="the trained model (default: %(default)s)",
-    )
-    add("--test-set", action="store_true", help="look at the test set, too, with files or --draw")
-    add("--draw", action="store_true", help="then serve a page to draw digits on, until Ctrl-C")
-    add(
-        "--port",
-        default=0,
-        type=number_type(int, 0, 65536),
-        help="the page's port (default: one that is free)",
-    )
-    add(
-        "--plot",
-        type=path_type,
-        help="PNG file to draw the 40 worst mistakes into (default: none)",
-    )
-    add(
-        "--save-prepared",
-        type=path_type,
-        metavar="FOLDER",
-        help="save what the model sees (default: nowhere)",
-    )
-    add("--data-dir", default="data", type=path_type, help="holds MNIST/raw (default: %(default)s)")
-    add(
-        "--device",
-        default="auto",
-        type=device_type,
-        help="auto, cpu, cuda, mps, xpu (default: %(default)s)",
-    )
+    add("files", nargs="*", type=path_type)
+    add("--checkpoint", default=f"model_checkpoints/{BEST}", type=path_type)
+    add("--test-set", action="store_true")
+    add("--draw", action="store_true")
+    add("--port", default=0, type=number_type(int, 0, 65536))
+    add("--plot", type=path_type)
+    add("--save-prepared", type=path_type)
+    add("--data-dir", default="data", type=path_type)
+    add("--device", default="auto", type=device_type)
     return parser.parse_args()
 
 

@@ -144,7 +144,7 @@ def test_a_bad_picture_stops_no_other(
 
 def test_what_cannot_be_used(predict: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     missing = tmp_path / "a.pth"
-    with raises(ScriptError, match=rf"^there is no {missing}: train a model first, with python "):
+    with raises(ScriptError, match=rf"^there is no {missing}: first train a model: python "):
         predict("--checkpoint", missing)
     with raises(ScriptError, match=rf"^cannot read MNIST in {tmp_path}/.*; run download_mnist\.py"):
         predict("--data-dir", tmp_path)
