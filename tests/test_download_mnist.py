@@ -306,5 +306,5 @@ def test_script_says_in_one_line_what_failed(tmp_path, server):
 
 def test_real_mnist(real_data):
     result = run("download_mnist.py", "--data-dir", real_data)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0
     assert f"{FIRST}: 47,040,016 bytes, SHA-256 verified" in result.stdout
