@@ -202,7 +202,7 @@ def how_to_go_on(saved: list[Path]) -> str:
 
 def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
     """Train, test and save, epoch after epoch; add the path of each checkpoint to `saved`."""
-    start, resumed = args.resume, {}
+    start, resumed = args.resume, {}  # a file, True for the newest one, or None
     if start is True:
         start, resumed = checkpoints.find_newest_checkpoint(folder)
     elif start:
@@ -213,7 +213,7 @@ def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
     if start:
         saved.append(start)
         if not args.dry_run:
-            checkpoints.make_way(folder, resumed, options.epochs)
+            checkpoints.make_way(folder, resumed, options.epochs)  # if there are epochs to come
     if done >= options.epochs:
         print(f"{start} has finished epoch {done}: nothing left to do; --epochs may be larger")
         return
@@ -262,7 +262,7 @@ def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
         print(format_row(history), flush=True)
 
     best = checkpoints.best_row(history)
-    best_file = [*folder.glob(checkpoints.BEST), saved[-1]][0]
+    best_file = [*folder.glob(checkpoints.BEST), saved[-1]][0]  # the last epoch's if there is none
     print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %")
     print(f"Last: epoch {epoch}, test accuracy {row['test_accuracy']:.2f} %, saved as {saved[-1]}")
     command = "python predict_digits.py --test-set --draw --checkpoint"
