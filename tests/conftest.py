@@ -11,7 +11,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,25 +78,25 @@ def write_tiny_files(folder: Path, packed: bool = False) -> Path:
 
 
 @pytest.fixture
-def tiny_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_mnist(monkeypatch):
     """Let download_mnist, in this process, take the tiny data set for MNIST, and know no mirror."""
     monkeypatch.setattr(download_mnist, "FILES", TINY_SUMS)
     monkeypatch.setattr(download_mnist, "MIRRORS", ())
 
 
 @pytest.fixture
-def tiny_gz(tmp_path: Path) -> Path:
+def tiny_gz(tmp_path):
     return write_tiny_files(tmp_path / "gz", packed=True)
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_data(tmp_path_factory):
     """A data folder, as --data-dir expects it, with the tiny data set in place."""
     return write_tiny_files(tmp_path_factory.mktemp("data") / "MNIST" / "raw").parent.parent
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> tuple[Path, str]:
+def trained(tmp_path_factory, tiny_data):
     """The checkpoint folder and the output of four epochs of Model5, started as a user would."""
     folder = tmp_path_factory.mktemp("trained") / "new" / "check points"
     where = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--device cpu"
@@ -108,10 +107,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> tuple[
 
 
 @pytest.fixture
-def train(tiny_mnist: None, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def train(tiny_mnist, tiny_data, monkeypatch):
     """Return a function that trains in this process on the tiny data set; it returns the output."""
 
-    def train(folder: Path, *options: object) -> str:
+    def train(folder, *options):
         where = "--data-dir", tiny_data, "--checkpoint-dir", folder, "--device cpu"
         command = split_options("train_test_mnist.py", *where, *options)
         monkeypatch.setattr("sys.argv", command)
@@ -123,13 +122,13 @@ def train(tiny_mnist: None, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def folder(trained: tuple[Path, str], tmp_path: Path) -> Path:
+def folder(trained, tmp_path):
     """A copy of the files of four epochs of Model5, to be damaged."""
     return Path(shutil.copytree(trained[0], tmp_path / "check points"))
 
 
 @pytest.fixture
-def accuracies(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def accuracies(monkeypatch):
     """The test accuracies of the epochs to come, in which nothing is learned; to be filled."""
     accuracies: list[float] = []
     monkeypatch.setattr(train_test_mnist, "train_one_epoch", lambda *_, **options: (1.0, 10.0))
@@ -138,7 +137,7 @@ def accuracies(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture(scope="session")
-def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def real_data(tmp_path_factory):
     """A data folder with the real MNIST; the test is skipped if there is none."""
     if all((ROOT / "data" / "MNIST" / "raw" / name).exists() for name in download_mnist.FILES):
         return ROOT / "data"

@@ -7,7 +7,6 @@ import random
 import re
 import resource
 import zipfile
-from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -27,7 +26,7 @@ from conftest import (
     load_all,
     run,
 )
-from pytest import CaptureFixture, FixtureRequest, MonkeyPatch, raises
+from pytest import raises
 from torch import nn
 
 import train_test_mnist
@@ -52,9 +51,7 @@ def assert_refused(path: Path, reason: str = "", to_resume: bool = False) -> Non
 
 
 @pytest.mark.parametrize("kept", [{ONE, FOUR, BEST, LOG, CURVES}, {BEST}, {LOG}, {CURVES}])
-def test_a_new_run_moves_the_files_of_earlier_ones(
-    kept: set[str], train: Callable, tmp_path: Path
-) -> None:
+def test_a_new_run_moves_the_files_of_earlier_ones(kept, train, tmp_path):
     for name in kept:
         (tmp_path / name).write_bytes(b"dear")
     (tmp_path / "notes.txt").write_text("mine")
@@ -68,7 +65,7 @@ def test_a_new_run_moves_the_files_of_earlier_ones(
     assert {path.name for path in tmp_path.glob("*.*")} == {ONE, BEST, LOG, "notes.txt", ".lock"}
 
 
-def test_only_the_names_of_epochs_count(train: Callable, folder: Path) -> None:
+def test_only_the_names_of_epochs_count(train, folder):
     # The last one is a nine, but not in ASCII
     numbers = ["1_backup", "007", "0", "9 (1)", "10.old", "+9", "٩"]
     others = {f"mnist_model_epoch_{number}.pth": b"dear" for number in numbers}
@@ -102,9 +99,7 @@ def test_only_the_names_of_epochs_count(train: Callable, folder: Path) -> None:
         (["optimizer_state_dict", "state", 0, "momentum_buffer"], torch.ones(3), "another model's"),
     ],
 )
-def test_wrong_content(
-    place: list, value: object, reason: str, folder: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_wrong_content(place, value, reason, folder, monkeypatch):
     monkeypatch.chdir(folder)
     path, files = folder / FOUR, contents(folder).keys()
     content = load_checkpoint(path) if place else value
@@ -115,7 +110,7 @@ def test_wrong_content(
     assert contents(folder).keys() == files  # nothing was executed
 
 
-def test_missing_content(folder: Path) -> None:
+def test_missing_content(folder):
     content = load_checkpoint(folder / FOUR)
     for key in ("history", "best_epoch", "optimizer_state_dict", "options"):
         torch.save({name: value for name, value in content.items() if name != key}, folder / FOUR)
@@ -125,19 +120,19 @@ def test_missing_content(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{"module.weight": torch.ones(3)}, {"model_state_dict": {}}])
-def test_another_programs_file(content: dict, tmp_path: Path) -> None:
+def test_another_programs_file(content, tmp_path):
     torch.save(content, tmp_path / "other.pth")
     with raises(ScriptError, match=f"^{tmp_path / 'other.pth'} has no model_name.*another program"):
         load_checkpoint(tmp_path / "other.pth")
 
 
-def test_weights_are_loaded_without_an_optimizer(folder: Path, monkeypatch: MonkeyPatch) -> None:
+def test_weights_are_loaded_without_an_optimizer(folder, monkeypatch):
     monkeypatch.setattr(torch.optim, "SGD", None)
     assert load_checkpoint(folder / FOUR)["epoch"] == 4
 
 
-def test_flipped_bits_and_cut_files(folder: Path) -> None:
-    def flip(place: int, bit: int) -> None:
+def test_flipped_bits_and_cut_files(folder):
+    def flip(place, bit):
         path.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
 
     path, draw, refused = folder / FOUR, random.Random(1), 0
@@ -172,8 +167,8 @@ def test_flipped_bits_and_cut_files(folder: Path) -> None:
         assert_refused(path)
 
 
-def test_a_run_holds_its_folder(train: Callable, folder: Path) -> None:
-    def enter(*_: object, **options: object) -> None:
+def test_a_run_holds_its_folder(train, folder):
+    def enter(*_, **options):
         for option in ([], ["--resume"]):
             with raises(ScriptError, match=f"^another run is using {folder}; wait"):
                 train(folder, *option)
@@ -187,14 +182,14 @@ def test_a_run_holds_its_folder(train: Callable, folder: Path) -> None:
     train(folder, "--resume --epochs 5")  # it is free again
 
 
-def test_the_folder_is_held_before_it_is_read(train: Callable, folder: Path) -> None:
+def test_the_folder_is_held_before_it_is_read(train, folder):
     stop = patch("checkpoints.FileLock.acquire", side_effect=KeyboardInterrupt)
     with stop, patch("checkpoints.load_checkpoint") as load, raises(KeyboardInterrupt):
         train(folder, "--resume", folder / FOUR)
     load.assert_not_called()
 
 
-def test_what_killed_runs_leave_is_removed(train: Callable, tmp_path: Path) -> None:
+def test_what_killed_runs_leave_is_removed(train, tmp_path):
     half_written = f"{ONE}.{'0123456789abcdef' * 2}.tmp"
     for name in (half_written, "a.tmp", f"{ONE}.tmp"):
         (tmp_path / name).touch()
@@ -202,10 +197,10 @@ def test_what_killed_runs_leave_is_removed(train: Callable, tmp_path: Path) -> N
     assert {path.name for path in tmp_path.glob("*.tmp")} == {"a.tmp", f"{ONE}.tmp"}
 
 
-def test_a_move_that_was_killed_is_finished(train: Callable, folder: Path) -> None:
+def test_a_move_that_was_killed_is_finished(train, folder):
     before, rename, moved = contents(folder), Path.rename, []
 
-    def rename_three(path: Path, target: Path) -> Path:
+    def rename_three(path, target):
         moved.append(path.name)
         if len(moved) == 4:
             raise KeyboardInterrupt
@@ -220,9 +215,7 @@ def test_a_move_that_was_killed_is_finished(train: Callable, folder: Path) -> No
     assert {path.name for path in folder.iterdir()} == {ONE, BEST, LOG, ".lock", "earlier_run_1"}
 
 
-def test_by_products_cost_no_epoch(
-    train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-) -> None:
+def test_by_products_cost_no_epoch(train, tmp_path, monkeypatch, capsys):
     failure = Mock(side_effect=ScriptError("cannot write the log"))
     monkeypatch.setattr("checkpoints.save_log", failure)
     train(tmp_path, "--epochs 2")
@@ -250,9 +243,7 @@ class Unusual(nn.Module):
         self.extra = state
 
 
-def test_what_is_trained_can_be_loaded(
-    train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_what_is_trained_can_be_loaded(train, tmp_path, monkeypatch):
     monkeypatch.setattr("models.model_classes", lambda: {"Unusual": Unusual})
     train(tmp_path, "--model Unusual --epochs 2")
     assert load_all(tmp_path)[TWO]["model_state_dict"]["_extra_state"] == {"steps": 3}
@@ -263,9 +254,7 @@ def test_what_is_trained_can_be_loaded(
 
 
 @pytest.fixture(params=["No space left on device", "File too large"])
-def full(
-    request: FixtureRequest, tiny_gz: Path, tiny_data: Path, tmp_path: Path
-) -> Iterator[tuple[Path, str]]:
+def full(request, tiny_gz, tiny_data, tmp_path):
     """A disk of 200 kB, or a folder while no file may exceed 20 kB; and what the system says."""
     folder, limits = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE)
     folder.mkdir()
@@ -280,7 +269,7 @@ def full(
         assert os.system(f"umount {folder}") == 0
 
 
-def test_a_disk_that_fills_up(full: tuple[Path, str], train: Callable, tiny_gz: Path) -> None:
+def test_a_disk_that_fills_up(full, train, tiny_gz):
     folder, reason = full
     with raises(ScriptError, match=rf"^cannot write {folder}/\w+\.pth: {reason}; "):
         train(folder)
@@ -291,7 +280,7 @@ def test_a_disk_that_fills_up(full: tuple[Path, str], train: Callable, tiny_gz: 
     assert all(is_original(path.name, path.read_bytes()) for path in folder.glob("MNIST/raw/*"))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(train: Callable, folder: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(train, folder):
     before = contents(folder)
     with raises(ScriptError, match=r"^the loss is .*; try a lower --lr; nothing was saved yet$"):
         train(folder, "--lr 1e25 --batch-size 16")
@@ -299,7 +288,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(train: Callable, folder: Path) -
 
 
 @pytest.mark.parametrize(("log_interval", "batches"), [(1, 3), (2, 4), (100, 5)])
-def test_how_soon_training_notices(log_interval: int, batches: int) -> None:
+def test_how_soon_training_notices(log_interval, batches):
     model = nn.Linear(1, 10)
     factors = iter([1, 1, torch.inf, 1, 1])
     model.forward = lambda x: model.weight[:, 0] * torch.full((len(x), 10), next(factors))
@@ -312,20 +301,20 @@ def test_how_soon_training_notices(log_interval: int, batches: int) -> None:
         )
 
 
-def test_evaluation_notices_too() -> None:
+def test_evaluation_notices_too():
     images, labels = torch.full((3, 4), torch.nan), torch.zeros(3, dtype=torch.long)
     with raises(FloatingPointError, match="the loss in evaluation is nan"):
         train_test_mnist.evaluate(nn.Linear(4, 10), images, labels, 2)
 
 
 @pytest.mark.parametrize("what", ["training", "download"])
-def test_kill(what: str) -> None:
+def test_kill(what):
     result = run("tests/kill.py", what, 10)
     assert result.returncode == 0, result.stderr
     assert re.match("1[01] kills in ", result.stdout)
 
 
-def test_what_has_changed() -> None:
+def test_what_has_changed():
     two, swapped = nn.Sequential(), nn.Sequential()
     for model, names in ((two, "ab"), (swapped, "ba")):
         for name in names:
@@ -339,7 +328,7 @@ def test_what_has_changed() -> None:
     assert describe_change(str(known), str(unknown)) == ""
 
 
-def test_a_new_run_from_old_weights(folder: Path, train: Callable, tmp_path: Path) -> None:
+def test_a_new_run_from_old_weights(folder, train, tmp_path):
     path = folder / BEST
     train(tmp_path, "--init-from", path, "--lr 0 --epochs 1")
     new, old = load_checkpoint(tmp_path / ONE), load_checkpoint(path)

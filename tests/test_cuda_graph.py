@@ -1,14 +1,12 @@
 """The recorded training step, held against the same step as it is; skipped without a GPU."""
 
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_same, load_all
-from pytest import CaptureFixture, MonkeyPatch
 from torch import Tensor, nn
 
 import cuda_graph
@@ -31,17 +29,17 @@ RECIPES = {
 
 
 @pytest.fixture(autouse=True)
-def deterministic_no_more() -> Iterator[None]:
+def deterministic_no_more():
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
-def recordings(monkeypatch: MonkeyPatch) -> list[Callable]:
+def recordings(monkeypatch):
     """Return a list that each recorded step is added to."""
     record, recorded = cuda_graph.record, []
 
-    def spy(*args: object) -> Callable:
+    def spy(*args):
         recorded.append(record(*args))
         return recorded[-1]
 
@@ -50,9 +48,7 @@ def recordings(monkeypatch: MonkeyPatch) -> list[Callable]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_same_weights_as_without_a_graph(
-    recipe: str, train: Callable, recordings: list, tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_the_same_weights_as_without_a_graph(recipe, train, recordings, tmp_path, monkeypatch):
     train(tmp_path / "graph", *OPTIONS, *RECIPES[recipe])
     assert len(recordings) == 1
     monkeypatch.setattr(tt, "graphed", lambda step, batch_size: step)
@@ -60,7 +56,7 @@ def test_the_same_weights_as_without_a_graph(
     assert_same(load_all(tmp_path / "graph"), load_all(tmp_path / "plain"))
 
 
-def test_resuming_is_exact(train: Callable, recordings: list, tmp_path: Path) -> None:
+def test_resuming_is_exact(train, recordings, tmp_path):
     train(tmp_path, *OPTIONS, *RECIPES["stronger"])
     whole = load_all(tmp_path)
     train(
@@ -100,9 +96,7 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_what_cannot_be_recorded_trains_as_it_is(
-    obstacle: str, train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-) -> None:
+def test_what_cannot_be_recorded_trains_as_it_is(obstacle, train, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Awkward, "__module__", "models")
     monkeypatch.setattr(Awkward, "obstacle", staticmethod(OBSTACLES[obstacle]), raising=False)
     monkeypatch.setattr(models, "Awkward", Awkward, raising=False)
@@ -118,7 +112,7 @@ def test_what_cannot_be_recorded_trains_as_it_is(
     assert_same(*results)
 
 
-def test_a_loss_that_is_no_number(train: Callable, recordings: list, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number(train, recordings, tmp_path):
     with pytest.raises(
         ScriptError, match=r"^epoch 1: the loss is (nan|inf) after \d+ batches; nothing was saved"
     ):

@@ -1,11 +1,10 @@
 """The look at a model before it is trained: what is refused, and what is worth a warning."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from pytest import CaptureFixture, MonkeyPatch, raises
+from pytest import MonkeyPatch, raises
 from torch import Tensor, nn
 
 import models
@@ -99,15 +98,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("model_class", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused(model_class: type[nn.Module], message: str, monkeypatch: MonkeyPatch) -> None:
+def test_refused(model_class, message, monkeypatch):
     with raises(ScriptError, match=rf"\A(cannot build )?Own.*{message}.*\Z"):
         check(monkeypatch, model_class)
 
 
 @pytest.mark.parametrize(("size", "option"), [(4, "--batch-size"), (6, "--test-batch-size")])
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to")])
-def test_no_memory(size: int, option: str, error: Exception, monkeypatch: MonkeyPatch) -> None:
-    def compute(layer: nn.Module, x: Tensor) -> Tensor:
+def test_no_memory(size, option, error, monkeypatch):
+    def compute(layer, x):
         if len(x) == size:
             raise error
         return layer(flat(x))
@@ -116,9 +115,7 @@ def test_no_memory(size: int, option: str, error: Exception, monkeypatch: Monkey
         check(monkeypatch, model(compute))
 
 
-def test_a_last_batch_of_one_image(
-    train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_a_last_batch_of_one_image(train, tmp_path, monkeypatch):
     normalised = of_layers(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
     check(monkeypatch, normalised, count=8)
     with raises(ScriptError, match=r"on a batch of 1: .*, or choose another --batch-size$"):
@@ -127,8 +124,8 @@ def test_a_last_batch_of_one_image(
         train(tmp_path, "--dry-run --model Own --batch-size 199")
 
 
-def test_what_bfloat16_does_not_fit(monkeypatch: MonkeyPatch) -> None:
-    def add(layer: nn.Module, x: Tensor) -> Tensor:
+def test_what_bfloat16_does_not_fit(monkeypatch):
+    def add(layer, x):
         return torch.zeros(len(x), 10).index_add(0, torch.arange(len(x)), layer(flat(x)))
 
     check(monkeypatch, model(add))
@@ -144,21 +141,19 @@ WARNED = {
 
 
 @pytest.mark.parametrize(("compute", "message"), WARNED.values(), ids=WARNED)
-def test_warned(
-    compute: Callable, message: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-) -> None:
+def test_warned(compute, message, monkeypatch, capsys):
     check(monkeypatch, model(compute))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"Warning: Own {message}")
 
 
-def test_an_input_changed_in_place(monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
+def test_an_input_changed_in_place(monkeypatch, capsys):
     check(monkeypatch, model(lambda layer, x: layer(flat(x.mul_(2)))))
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["Model1", "Model2", "Model5"])
-def test_a_sound_model(name: str, capsys: CaptureFixture) -> None:
+def test_a_sound_model(name, capsys):
     trained = build_model(name)
     trained(torch.randn(8, 1, 28, 28))
     before = {key: tensor.clone() for key, tensor in trained.state_dict().items()}
@@ -168,7 +163,7 @@ def test_a_sound_model(name: str, capsys: CaptureFixture) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_the_state_is_looked_at() -> None:
+def test_the_state_is_looked_at():
     data = torch.randn(4, 1, 28, 28), torch.arange(4)
     state = build_model("Model1").state_dict()
     damaged = {name: tensor * torch.nan for name, tensor in state.items()}
@@ -185,16 +180,14 @@ class Own(nn.Linear):
 """
 
 
-def test_the_place_in_models_py(monkeypatch: MonkeyPatch) -> None:
+def test_the_place_in_models_py(monkeypatch):
     namespace: dict = {}
     exec(compile(SOURCE, "/some/models.py", "exec"), namespace)
     with raises(ScriptError, match=r"models\.py, line 6: 'Tensor' object has no .* 'nonsense'"):
         check(monkeypatch, namespace["Own"])
 
 
-def test_nothing_is_written_before_the_check(
-    train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_nothing_is_written_before_the_check(train, tmp_path, monkeypatch):
     (tmp_path / "best_mnist_model.pth").write_text("dear")
     monkeypatch.setattr(models, "model_classes", lambda: {"Model5": model(lambda layer, x: x)})
     for options in ([], ["--dry-run"]):

@@ -2,12 +2,11 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, assert_one_line, run
-from pytest import MonkeyPatch, raises
+from pytest import raises
 from torch import nn
 
 import analyze_model
@@ -35,7 +34,7 @@ class Abstract(nn.Module, abc.ABC):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_size_shapes_and_layers(name: str) -> None:
+def test_size_shapes_and_layers(name):
     model = models.build_model(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
     blocks = " ".join(block for block, _ in model.named_children())
@@ -59,7 +58,7 @@ def test_size_shapes_and_layers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_comment_stands_where_shape_or_receptive_field_changes_and_is_true(name: str) -> None:
+def test_a_comment_stands_where_shape_or_receptive_field_changes_and_is_true(name):
     source = (ROOT / "models.py").read_text().split(f"class {name}(")[1].split("\n\n\n")[0]
     lines = re.findall(r"^ {12}nn\.(\w+)\(.*\),(?:  # (.*))?$", source, re.MULTILINE)
     expected, before, field = [], "1x28x28", 1
@@ -77,7 +76,7 @@ def test_a_comment_stands_where_shape_or_receptive_field_changes_and_is_true(nam
     assert source.count("#") == sum(bool(comment) for _, comment in lines)  # no comment elsewhere
 
 
-def test_names_in_upper_and_lower_case(monkeypatch: MonkeyPatch) -> None:
+def test_names_in_upper_and_lower_case(monkeypatch):
     assert [models.find_model_name(name) for name in ("mODEL2", "Model3")] == ["Model2", "Model3"]
     assert type(models.build_model("mODEL2")) is models.Model2
     assert list(models.model_classes()) == list(PARAMETERS)
@@ -89,7 +88,7 @@ def test_names_in_upper_and_lower_case(monkeypatch: MonkeyPatch) -> None:
     assert found == ["Net", "net", "Net"]  # the exact name, else the first that matches
 
 
-def test_own_classes_need_no_second_place(tmp_path: Path) -> None:
+def test_own_classes_need_no_second_place(tmp_path):
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
     (tmp_path / "models.py").write_text((ROOT / "models.py").read_text() + OWN_CLASSES)

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -21,7 +20,7 @@ from conftest import (
     read_log,
     rows,
 )
-from pytest import CaptureFixture, MonkeyPatch, approx, raises
+from pytest import approx, raises
 from torch import nn
 
 import mnist_data
@@ -44,7 +43,7 @@ GO_ON = "to go on: python train_test_mnist.py --resume"
         "--augment --lr-scheduler onecyclelr --weight-decay 1e-3 --val-size 30 --epochs 4",
     ],
 )
-def test_resuming_equals_never_having_stopped(recipe: str, train: Callable, tmp_path: Path) -> None:
+def test_resuming_equals_never_having_stopped(recipe, train, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     recipe = f"--batch-size 24 --lr 0.03 --seed 3 {recipe}"
     expected = rows(train(whole, recipe, "--epochs 4"))
@@ -69,7 +68,7 @@ def test_resuming_equals_never_having_stopped(recipe: str, train: Callable, tmp_
     assert_same(first, second)
 
 
-def test_what_is_saved_is_what_was_tested(folder: Path, tiny_data: Path) -> None:
+def test_what_is_saved_is_what_was_tested(folder, tiny_data):
     model = build_model("Model5")
     test_set = mnist_data.load_mnist(tiny_data, train=False, device=torch.device("cpu"))
     for checkpoint in load_all(folder).values():
@@ -79,7 +78,7 @@ def test_what_is_saved_is_what_was_tested(folder: Path, tiny_data: Path) -> None
         assert accuracy == checkpoint["test_accuracy"]
 
 
-def test_options_are_remembered_and_epochs_may_grow(train: Callable, folder: Path) -> None:
+def test_options_are_remembered_and_epochs_may_grow(train, folder):
     before = contents(folder)
     for options in ("--resume", "--resume --epochs 3"):
         assert f"{FOUR} has finished epoch 4: nothing left to do" in train(folder, options)
@@ -109,7 +108,7 @@ def test_options_are_remembered_and_epochs_may_grow(train: Callable, folder: Pat
         ("--init-from other.pth", "none"),
     ],
 )
-def test_a_contradiction(given: str, stored: object, train: Callable, folder: Path) -> None:
+def test_a_contradiction(given, stored, train, folder):
     before = contents(folder)
     message = f"^{given}( True)? contradicts {folder / FOUR}.* {stored}; .* --init-from "
     with raises(ScriptError, match=message):
@@ -117,9 +116,7 @@ def test_a_contradiction(given: str, stored: object, train: Callable, folder: Pa
     assert contents(folder) == before
 
 
-def test_folders_are_compared_not_their_spellings(
-    train: Callable, folder: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_folders_are_compared_not_their_spellings(train, folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for spelled in (folder, Path(folder.name), folder / ".." / folder.name):
         assert "nothing left" in train(spelled, "--resume", Path(folder.name, FOUR))
@@ -127,9 +124,7 @@ def test_folders_are_compared_not_their_spellings(
         train(folder.parent, "--resume", folder / FOUR)
 
 
-def test_only_the_newest_file_is_moved(
-    train: Callable, tmp_path: Path, accuracies: list[float], capsys: CaptureFixture
-) -> None:
+def test_only_the_newest_file_is_moved(train, tmp_path, accuracies, capsys):
     accuracies += [50, 90, 80, 70]
     old, new = tmp_path / "old", tmp_path / "new"
     train(old, "--epochs 3")
@@ -143,9 +138,7 @@ def test_only_the_newest_file_is_moved(
     assert warning.startswith(f"Warning: {new / BEST} ")
 
 
-def test_resume_takes_the_newest_intact_file(
-    train: Callable, folder: Path, capsys: CaptureFixture
-) -> None:
+def test_resume_takes_the_newest_intact_file(train, folder, capsys):
     expected = load_all(folder)
     (folder / FOUR).write_bytes((folder / FOUR).read_bytes()[:-100])
     (folder / THREE).write_bytes(b"")
@@ -158,7 +151,7 @@ def test_resume_takes_the_newest_intact_file(
     assert find_newest_checkpoint(folder)[0] == folder / BEST
 
 
-def test_resume_never_starts_from_scratch(train: Callable, folder: Path, tmp_path: Path) -> None:
+def test_resume_never_starts_from_scratch(train, folder, tmp_path):
     missing = tmp_path / "missing"
     for path in folder.glob("*.pth"):
         path.write_bytes(b"not a checkpoint")
@@ -173,7 +166,7 @@ def test_resume_never_starts_from_scratch(train: Callable, folder: Path, tmp_pat
     assert contents(folder) == before
 
 
-def test_an_older_layout_is_refused_but_its_weights_load(train: Callable, folder: Path) -> None:
+def test_an_older_layout_is_refused_but_its_weights_load(train, folder):
     checkpoint = load_checkpoint(folder / FOUR)
     torch.save(checkpoint | checkpoint.pop("options"), folder / FOUR)
     load_checkpoint(folder / FOUR)
@@ -181,9 +174,7 @@ def test_an_older_layout_is_refused_but_its_weights_load(train: Callable, folder
         train(folder, "--resume", folder / FOUR)
 
 
-def test_an_interrupt_gives_the_command_to_go_on(
-    train: Callable, folder: Path, tmp_path: Path
-) -> None:
+def test_an_interrupt_gives_the_command_to_go_on(train, folder, tmp_path):
     with (
         patch("os.fsync", side_effect=[None, KeyboardInterrupt]),
         raises(KeyboardInterrupt, match=f"^{GO_ON} {tmp_path / ONE}$"),
@@ -207,9 +198,7 @@ def test_an_interrupt_gives_the_command_to_go_on(
         (MemoryError(), "no memory left"),
     ],
 )
-def test_every_end_gives_the_command_to_go_on(
-    error: Exception, message: str, train: Callable, folder: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_every_end_gives_the_command_to_go_on(error, message, train, folder, monkeypatch):
     before = contents(folder)
     monkeypatch.setattr(tt, "train_one_epoch", lambda *_, **options: raise_(error))
     with raises(ScriptError, match=f"{message}.*; {GO_ON} '{folder / FOUR}'$"):
@@ -223,13 +212,11 @@ def raise_(error: Exception) -> None:
     raise error
 
 
-def test_a_folder_that_is_deleted(
-    train: Callable, tmp_path: Path, accuracies: list[float], monkeypatch: MonkeyPatch
-) -> None:
+def test_a_folder_that_is_deleted(train, tmp_path, accuracies, monkeypatch):
     accuracies += [50, 60, 70]
     save_log = tt.checkpoints.save_log
 
-    def delete_folder(folder: Path, history: list[dict]) -> None:
+    def delete_folder(folder, history):
         save_log(folder, history)
         if len(history) == 2:
             shutil.rmtree(folder)
@@ -240,9 +227,7 @@ def test_a_folder_that_is_deleted(
         train(run)
 
 
-def test_resuming_an_old_epoch_moves_the_later_ones(
-    train: Callable, accuracies: list[float], tmp_path: Path
-) -> None:
+def test_resuming_an_old_epoch_moves_the_later_ones(train, accuracies, tmp_path):
     accuracies += [60.0, 50.0, 70.0, 65.0]
     train(tmp_path, "--epochs 4")
     (tmp_path / CURVES).write_bytes(b"curves")
@@ -264,9 +249,7 @@ def test_resuming_an_old_epoch_moves_the_later_ones(
 
 @pytest.mark.parametrize("epochs", [3, 4])  # with 3, nothing is left to train
 @pytest.mark.parametrize("damage", [Path.exists, Path.unlink, partial(Path.write_bytes, data=b"")])
-def test_the_best_file_is_restored(
-    damage: Callable, epochs: int, train: Callable, accuracies: list[float], tmp_path: Path
-) -> None:
+def test_the_best_file_is_restored(damage, epochs, train, accuracies, tmp_path):
     accuracies += [50.0, 40.0, 70.0, 70.0]  # the last is not better than the one before
     # The sixth file is the third epoch's
     stop = patch("os.fsync", side_effect=[None] * 11 + [KeyboardInterrupt])
@@ -292,7 +275,7 @@ def changed_model5(block: str, number: int, layer: nn.Module) -> type[nn.Module]
     return type("Model5", (models.Model5,), {"__init__": build})
 
 
-def test_a_changed_class(train: Callable, folder: Path, monkeypatch: MonkeyPatch) -> None:
+def test_a_changed_class(train, folder, monkeypatch):
     remedy = "restore the class, or give the changed one a new name, or start anew"
     changed = changed_model5("input_block", 0, nn.Conv2d(1, 6, 3))
     monkeypatch.setattr(models, "model_classes", lambda: {"Model5": changed})
@@ -309,9 +292,7 @@ def test_a_changed_class(train: Callable, folder: Path, monkeypatch: MonkeyPatch
         train(folder, "--resume --epochs 9")
 
 
-def test_a_changed_class_that_fits(
-    folder: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-) -> None:
+def test_a_changed_class_that_fits(folder, monkeypatch, capsys):
     changed = changed_model5("transition_block", 2, nn.Identity())
     monkeypatch.setattr(models, "model_classes", lambda: {"Model5": changed})
     load_checkpoint(folder / FOUR)  # to analyze it, say
@@ -322,8 +303,8 @@ def test_a_changed_class_that_fits(
     assert re.fullmatch(warning, capsys.readouterr().err)
 
 
-def test_parameters_that_became_buffers(folder: Path, monkeypatch: MonkeyPatch) -> None:
-    def build(self: nn.Module) -> None:
+def test_parameters_that_became_buffers(folder, monkeypatch):
+    def build(self):
         models.Model5.__init__(self)
         weight = self.input_block[0]._parameters.pop("weight")
         self.input_block[0].register_buffer("weight", weight.detach())
@@ -335,9 +316,7 @@ def test_parameters_that_became_buffers(folder: Path, monkeypatch: MonkeyPatch) 
         load_checkpoint(folder / FOUR, to_resume=True)
 
 
-def test_deterministic_is_the_same(
-    train: Callable, folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_deterministic_is_the_same(train, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     train(tmp_path, "--deterministic", FOUR_EPOCHS)

@@ -11,7 +11,6 @@ import shutil
 import struct
 import sys
 import termios
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -30,7 +29,7 @@ from conftest import (
     read_log,
     split_options,
 )
-from pytest import CaptureFixture, MonkeyPatch, approx, raises
+from pytest import approx, raises
 from torch import Tensor, nn
 
 import train_test_mnist as tt
@@ -87,7 +86,7 @@ def numbered(count: int) -> tuple[Tensor, Tensor]:
     return numbers.float().view(-1, 1, 1, 1).expand(-1, 1, 28, 28), labels
 
 
-def test_files_and_output(trained: tuple[Path, str]) -> None:
+def test_files_and_output(trained):
     folder, output = trained
     files = {path.name for path in folder.iterdir()}
     assert files == {*EPOCHS, BEST, "training_log.csv", ".lock"}
@@ -118,7 +117,7 @@ def test_files_and_output(trained: tuple[Path, str]) -> None:
 
 
 @pytest.mark.parametrize("val_size", [0, 40])
-def test_best(val_size: int, train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_best(val_size, train, tmp_path, monkeypatch):
     # Epoch 2 is the best, because epoch 3 is not strictly better
     choosing = [50.0, 70.0, 70.0, 60.0]
     tested = [90.0, 20.0, 80.0, 85.0] if val_size else choosing
@@ -137,7 +136,7 @@ def test_best(val_size: int, train: Callable, tmp_path: Path, monkeypatch: Monke
     assert [row["val_accuracy"] for row in log] == validated
 
 
-def test_the_seed_decides(train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_the_seed_decides(train, tmp_path, monkeypatch):
     draw = lambda *_, **options: (torch.rand(()).item(), 10.0)  # noqa: E731
     monkeypatch.setattr(tt, "train_one_epoch", draw)
     train(tmp_path, "--epochs 3 --seed 5")
@@ -149,7 +148,7 @@ def test_the_seed_decides(train: Callable, tmp_path: Path, monkeypatch: MonkeyPa
     assert_same(build_model("Model5").state_dict(), weights)
 
 
-def test_dry_run(train: Callable, tmp_path: Path) -> None:
+def test_dry_run(train, tmp_path):
     new = tmp_path / "new"
     output = train(new, "--dry-run --batch-size 8 --val-size 30 --model MODEL2")
     _, row = table(output)  # one epoch
@@ -159,13 +158,13 @@ def test_dry_run(train: Callable, tmp_path: Path) -> None:
     assert not new.exists()
 
 
-def test_plot(train: Callable, tmp_path: Path) -> None:
+def test_plot(train, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     train(tmp_path, "--epochs 1 --plot")
     assert (tmp_path / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_plot_without_matplotlib(train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_plot_without_matplotlib(train, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with raises(ScriptError, match=r"^drawing needs matplotlib.*: pip install matplotlib$"):
         train(tmp_path / "new", "--plot")
@@ -173,7 +172,7 @@ def test_plot_without_matplotlib(train: Callable, tmp_path: Path, monkeypatch: M
     train(tmp_path / "new", "--epochs 1")
 
 
-def test_bad_data(train: Callable, tiny_data: Path, tmp_path: Path) -> None:
+def test_bad_data(train, tiny_data, tmp_path):
     raw = Path(shutil.copytree(tiny_data, tmp_path / "data"), "MNIST", "raw")
     file = raw / "t10k-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:999])
@@ -182,9 +181,7 @@ def test_bad_data(train: Callable, tiny_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(SIGINT, 130), (SIGTERM, 143)])
-def test_interrupt(
-    number: int, status: int, train: Callable, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_interrupt(number, status, train, tiny_data, tmp_path):
     where = "--data-dir", tiny_data, "--checkpoint-dir", tmp_path, "--device cpu"
     options = split_options("train_test_mnist.py", *where, "--epochs 1000")
     command = [sys.executable, "-c", ON_TINY_MNIST, *options]
@@ -203,7 +200,7 @@ def test_interrupt(
     assert "nothing left to do" in train(tmp_path, "--resume", Path(path), "--epochs 1")
 
 
-def test_training_sees_every_image_once() -> None:
+def test_training_sees_every_image_once():
     (images, labels), model = numbered(50), Counter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     loss, accuracy = tt.train_one_epoch(model, optimizer, None, images, labels, 16, log_interval=1)
@@ -218,7 +215,7 @@ def test_training_sees_every_image_once() -> None:
 
 
 @pytest.mark.parametrize("size", [(24, 80), (0, 0)])  # Colab's terminal has no rows and columns
-def test_all_of_the_bar_is_seen(size: tuple[int, int]) -> None:
+def test_all_of_the_bar_is_seen(size):
     (images, labels), model = numbered(50), Counter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     reader, writer = pty.openpty()
@@ -230,7 +227,7 @@ def test_all_of_the_bar_is_seen(size: tuple[int, int]) -> None:
     assert re.search(r"\repoch 1000/1000: [^\r]*, loss \d\.\d{4}, accuracy 80\.00 %", output)
 
 
-def test_training_takes_sgd_steps_at_the_scheduled_rate() -> None:
+def test_training_takes_sgd_steps_at_the_scheduled_rate():
     model, (images, labels) = Counter(), numbered(30)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda steps: 1 / (1 + steps))
@@ -243,7 +240,7 @@ def test_training_takes_sgd_steps_at_the_scheduled_rate() -> None:
     assert model.scale.item() == approx(reference.scale.item(), rel=1e-5)
 
 
-def test_shuffle_depends_on_seed_and_epoch() -> None:
+def test_shuffle_depends_on_seed_and_epoch():
     orders = set()
     for seed, epoch in product(range(5), range(1, 6)):
         tt.seed_epoch(seed, epoch)
@@ -251,7 +248,7 @@ def test_shuffle_depends_on_seed_and_epoch() -> None:
     assert len(orders) == 25
 
 
-def test_evaluate() -> None:
+def test_evaluate():
     (images, labels), model = numbered(30), build_model("Model5")
     loss, accuracy = tt.evaluate(model, images, labels, batch_size=7)
     logits = model.eval()(images)
@@ -264,7 +261,7 @@ def test_evaluate() -> None:
     assert tt.evaluate(Counter(), images, labels, batch_size=7)[1] == 80
 
 
-def test_each_option_changes_the_training(train: Callable, tmp_path: Path) -> None:
+def test_each_option_changes_the_training(train, tmp_path):
     losses = set()
     options = "", "--augment", "--amp", "--weight-decay 0.01", "--val-size 30", "--seed 2"
     for option in (*options, "--lr-scheduler onecyclelr", "--momentum 0.5", "--lr 0.1"):
@@ -273,10 +270,10 @@ def test_each_option_changes_the_training(train: Callable, tmp_path: Path) -> No
     assert len(losses) == 9
 
 
-def test_amp(train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_amp(train, tmp_path, monkeypatch):
     types, evaluate, forward = [], tt.evaluate, Model5.forward
 
-    def record(self: Model5, x: Tensor) -> Tensor:
+    def record(self, x):
         logits = forward(self, x)
         types.append(logits.dtype)
         return logits
@@ -291,16 +288,14 @@ def test_amp(train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     assert kept == {torch.float32, torch.int64}
 
 
-def test_amp_where_it_cannot_be_used(
-    train: Callable, tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_amp_where_it_cannot_be_used(train, tmp_path, monkeypatch):
     failure = RuntimeError("Current CUDA Device does not support bfloat16.\nPlease switch.")
     monkeypatch.setattr(torch, "autocast", Mock(side_effect=failure))
     with raises(ScriptError, match=r"Current CUDA .* bfloat16\.; fix it, or leave out --amp"):
         train(tmp_path, "--amp")
 
 
-def test_schedule(train: Callable, tmp_path: Path) -> None:
+def test_schedule(train, tmp_path):
     # 13 batches an epoch
     train(tmp_path, "--lr-scheduler onecyclelr --epochs 10 --batch-size 16")
     rates = [float(row["lr"]) for row in read_log(tmp_path)]
@@ -313,8 +308,8 @@ def test_schedule(train: Callable, tmp_path: Path) -> None:
     assert optimizer["param_groups"][0]["lr"] < 1e-5
 
 
-def test_defaults_are_the_recipe(monkeypatch: MonkeyPatch) -> None:
-    def options(*given: str) -> dict:
+def test_defaults_are_the_recipe(monkeypatch):
+    def options(*given):
         return vars(tt.choose_options(vars(parse(*given)), None, {}))
 
     assert options("--device cpu") == RECIPE
@@ -339,7 +334,7 @@ def test_defaults_are_the_recipe(monkeypatch: MonkeyPatch) -> None:
         ("--device", "abacus meta"),
     ],
 )
-def test_wrong_values(option: str, values: str, capsys: CaptureFixture) -> None:
+def test_wrong_values(option, values, capsys):
     for value in values.split():
         with raises(SystemExit, match="2"):
             parse(option, value)
@@ -347,7 +342,7 @@ def test_wrong_values(option: str, values: str, capsys: CaptureFixture) -> None:
         assert re.search(f"argument {option}: .*{value!r}", error)
 
 
-def test_help_is_complete_and_true(capsys: CaptureFixture) -> None:
+def test_help_is_complete_and_true(capsys):
     with raises(SystemExit):
         parse("--help")
     text = capsys.readouterr().out
@@ -362,7 +357,7 @@ def test_help_is_complete_and_true(capsys: CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("option", ["--data-dir", "--checkpoint-dir"])
-def test_folder_that_is_a_file(option: str, train: Callable, tmp_path: Path) -> None:
+def test_folder_that_is_a_file(option, train, tmp_path):
     (tmp_path / "file").write_text("mine")
     with raises((ScriptError, OSError), match=f"{tmp_path / 'file'}"):
         train(tmp_path, option, tmp_path / "file")

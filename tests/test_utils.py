@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentTypeError
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -15,7 +14,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 from conftest import ROOT, run
-from pytest import CaptureFixture, MonkeyPatch, raises
+from pytest import raises
 
 from utils import (
     ScriptError,
@@ -34,9 +33,7 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
 @pytest.mark.parametrize(
     ("owner", "step", "number"), [(Path, "open", 13), (os, "fsync", 28), (Path, "replace", 28)]
 )
-def test_a_failed_write_changes_nothing(
-    owner: object, step: str, number: int, tmp_path: Path
-) -> None:
+def test_a_failed_write_changes_nothing(owner, step, number, tmp_path):
     (tmp_path / "file").write_bytes(b"old")
     failure = patch.object(owner, step, side_effect=OSError(number, "reason"))
     with failure, raises(ScriptError, match=r"^cannot write .*file: reason; see that its folder"):
@@ -44,10 +41,8 @@ def test_a_failed_write_changes_nothing(
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
 
 
-def test_synced_before_it_is_renamed_and_the_folder_after(
-    tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
-    def record(number: int) -> None:
+def test_synced_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch):
+    def record(number):
         target = Path(f"/proc/self/fd/{number}").readlink()
         events.append("folder" if target == tmp_path else target.read_bytes())
 
@@ -67,7 +62,7 @@ def test_synced_before_it_is_renamed_and_the_folder_after(
 @pytest.mark.parametrize(
     ("step", "results"), [("fsync", [None, OSError]), ("open", OSError), ("fsync", [None, None])]
 )
-def test_a_folder_that_cannot_be_synced(step: str, results: object, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_synced(step, results, tmp_path):
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with patch.object(os, step, side_effect=results):
         write_file(tmp_path / "a.pth", b"")
@@ -102,7 +97,7 @@ ENDS = {
 
 @pytest.mark.parametrize(("main", "status"), ENDS.values(), ids=ENDS)
 @pytest.mark.filterwarnings("error")  # also what Python prints without raising it
-def test_how_a_script_ends(main: Callable, status: object, capsys: CaptureFixture) -> None:
+def test_how_a_script_ends(main, status, capsys):
     handlers = [signal.getsignal(each) for each in (INT, TERM)]
     with patch("sys.argv", ["some/script.py"]), raises((SystemExit, ZeroDivisionError)) as stop:
         run_script(main)
@@ -130,7 +125,7 @@ run_script(main)
         ("2> out > /dev/full", 1, ""),
     ],
 )
-def test_streams_that_take_less(redirection: str, status: int, error: str, tmp_path: Path) -> None:
+def test_streams_that_take_less(redirection, status, error, tmp_path):
     command = f"set -o pipefail; {shlex.quote(sys.executable)} -c '{PRINTING}' {redirection}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     bash = ["bash", "-c", command]
@@ -140,7 +135,7 @@ def test_streams_that_take_less(redirection: str, status: int, error: str, tmp_p
 
 
 @pytest.mark.parametrize(("kind", "good", "bad"), [(int, "9", "1.5"), (float, "9.99", "0.99")])
-def test_number_type(kind: type, good: str, bad: str) -> None:
+def test_number_type(kind, good, bad):
     assert [number_type(kind, 1, 10)(text) for text in ("1", good)] == [kind("1"), kind(good)]
     for text in ("0", "10", "nan", "inf", "fast", "", bad):
         message = f"^'{text}' is not a (whole )?number of at least 1 and below 10$"
@@ -149,9 +144,7 @@ def test_number_type(kind: type, good: str, bad: str) -> None:
 
 
 @pytest.mark.parametrize("offered", [["cpu"], ["mps"], ["cuda", "mps"], ["xpu"]])
-def test_auto_device_is_the_first_that_is_offered(
-    offered: list[str], monkeypatch: MonkeyPatch
-) -> None:
+def test_auto_device_is_the_first_that_is_offered(offered, monkeypatch):
     # torch 2.0 has no xpu
     for name, owner in (("cuda", torch), ("mps", torch.backends), ("xpu", torch)):
         backend = Mock(is_available=Mock(return_value=name in offered))
@@ -160,9 +153,7 @@ def test_auto_device_is_the_first_that_is_offered(
     assert device_type("auto") == torch.device(offered[0])
 
 
-def test_auto_where_the_gpu_cannot_be_used(
-    monkeypatch: MonkeyPatch, capsys: CaptureFixture
-) -> None:
+def test_auto_where_the_gpu_cannot_be_used(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     failure = RuntimeError("no kernel image\nmore lines")
     monkeypatch.setattr(torch, "zeros", Mock(side_effect=failure))
@@ -172,12 +163,12 @@ def test_auto_where_the_gpu_cannot_be_used(
 
 
 @pytest.mark.parametrize("name", ["abacus", "meta", "mps", "hpu", "privateuseone", "vulkan", ""])
-def test_wrong_device(name: str) -> None:
+def test_wrong_device(name):
     with raises(ArgumentTypeError, match=rf"^cannot use '{name}' \(.{{,200}}\); use auto or cpu$"):
         device_type(name)
 
 
-def test_paths(monkeypatch: MonkeyPatch) -> None:
+def test_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert path_type("~/runs") == Path("/home/me/runs")
     for text, message in (("", "empty"), ("~nobody-here/a", "^'~nobody-here/a': .*name another")):
@@ -185,14 +176,14 @@ def test_paths(monkeypatch: MonkeyPatch) -> None:
             path_type(text)
 
 
-def test_errors_in_one_line() -> None:
+def test_errors_in_one_line():
     assert describe_error(ValueError("first\nsecond")) == "first"
     assert describe_error(MemoryError()) == "MemoryError"
     assert len(describe_error(ValueError("many words " * 99))) <= 200
     assert printable("a \x1b[31m \n é") == "a '\\x1b'[31m '\\n' é"
 
 
-def test_pytest_finds_the_modules_from_any_folder(tmp_path: Path) -> None:
+def test_pytest_finds_the_modules_from_any_folder(tmp_path):
     options = "--collect-only", "-pno:cacheprovider", ROOT / "tests/test_models.py"
     result = run("-m", "pytest", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stdout
