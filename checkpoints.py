@@ -84,19 +84,19 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a dict of tensors and plain values; raise ScriptError if it could not be read again."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
+    data = buffer.getvalue()
     try:
-        unpack(buffer.getvalue())
+        unpack(data)
     except ValueError as error:
         raise ScriptError(f"cannot save {path}: {error}; see get_extra_state") from error
-    write_file(path, buffer.getvalue())
+    write_file(path, data)
 
 
 def save_log(folder: Path, history: list[dict]) -> None:
     """Write a line for each epoch of a run as CSV; raise ScriptError if that fails."""
     text = io.StringIO()
-    table = csv.DictWriter(text, history[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(history)
+    rows = [history[0], *(row.values() for row in history)]  # the keys are the header
+    csv.writer(text, lineterminator="\n").writerows(rows)
     write_file(folder / LOG, text.getvalue().encode())
 
 
@@ -127,10 +127,9 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
 
 def unpack(data: bytes) -> dict:
     """Return what torch.save has written, on the CPU; raise ValueError if it is not plain data."""
+    warnings.filterwarnings("ignore", "TypedStorage")  # torch 2.0 warns about what it does itself
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch 2.0 warns about what it does itself
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError("it holds more than tensors, numbers and text") from error
 
@@ -188,12 +187,9 @@ def describe_change(before: str, now: str) -> str:
         return ""
     layer = r"\(.+\): .+"  # its name, type and arguments
     pairs = zip_longest(re.findall(layer, before), re.findall(layer, now), fillvalue="nothing")
-    block = ""
     for old, new in pairs:
         if old != new and "Lazy" not in new:  # a lazy layer changes its name when it is first run
-            return f"{block}{old} is now {new}"
-        if new.endswith("("):
-            block = f"below {new.split(':')[0]}, "
+            return f"{old} is now {new}"
     return ""
 
 
@@ -246,8 +242,7 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
         if skipped:
             print(f"Skipping: {skipped}Resuming from {path}", file=sys.stderr)
         return path, checkpoint
-    reasons = skipped or "there is no checkpoint. "
-    raise ScriptError(f"cannot resume in {folder}: {reasons}Leave out --resume to start anew")
+    raise ScriptError(f"{folder}: {skipped or 'there is no checkpoint. '}Leave out --resume")
 
 
 @contextlib.contextmanager
@@ -261,12 +256,11 @@ def hold_folder(folder: Path) -> Iterator[None]:
     try:
         with contextlib.suppress(NotImplementedError):  # the file system has no locks
             lock.acquire()
-    except Timeout as error:
-        raise ScriptError(f"another run is using {folder}; wait, or choose another") from error
-    try:
         for half_written in folder.glob(f"*.{'[0-9a-f]' * 32}.tmp"):
             half_written.unlink(missing_ok=True)
         yield
+    except Timeout as error:
+        raise ScriptError(f"another run is using {folder}; wait, or choose another") from error
     finally:
         lock.release()
 
@@ -304,7 +298,6 @@ def make_way(folder: Path, checkpoint: dict, epochs: int) -> None:
     try:
         save_log(folder, checkpoint["history"])
         if best_epoch_in(folder) != best_epoch:
-            best = load_checkpoint(epoch_path(folder, best_epoch))
-            save_checkpoint(folder / BEST, best)
+            save_checkpoint(folder / BEST, load_checkpoint(epoch_path(folder, best_epoch)))
     except ScriptError as error:
         print(f"Warning: {folder / BEST} is not the best epoch: {error}", file=sys.stderr)

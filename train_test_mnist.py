@@ -136,9 +136,9 @@ def train_one_epoch(
             totals[1] += correct
             if number % log_interval == 0 or number == len(batches):
                 # Makes the CPU wait for the GPU, so not in every step
-                total_loss, correct = totals.tolist()
+                total_loss, total_correct = totals.tolist()
                 seen = min(number * batch_size, len(images))
-                mean_loss, accuracy = total_loss / seen, 100 * correct / seen
+                mean_loss, accuracy = total_loss / seen, 100 * total_correct / seen
                 if not math.isfinite(mean_loss):
                     raise FloatingPointError(f"the loss is {mean_loss} after {number} batches")
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, accuracy {accuracy:.2f} %")
@@ -154,9 +154,8 @@ def evaluate(
     Raises FloatingPointError if the loss is NaN or infinite.
     """
     model.eval()
-    batches = (
-        batch.clone() for batch in images.split(batch_size)
-    )  # because a model may change its input in place
+    # Copies, because a model may change its input in place
+    batches = (batch.clone() for batch in images.split(batch_size))
     logits = torch.cat([model(batch) for batch in batches])  # (N, 10)
     loss = F.cross_entropy(logits, labels).item()
     if not math.isfinite(loss):
