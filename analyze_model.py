@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from checkpoints import load_checkpoint
-from mnist_data import default_batch_size, load_mnist
+from mnist_data import IMAGE_SIDE, default_batch_size, load_mnist
 from model_runs import (
     CostRun,
     FieldRun,
@@ -451,11 +451,11 @@ def parse_args() -> argparse.Namespace:
     )
     add(
         "--input-size",
-        default=(28, 28),
+        default=(IMAGE_SIDE, IMAGE_SIDE),
         type=count,
         nargs=2,
         metavar=("H", "W"),
-        help="pixels (default: 28 28)",
+        help=f"pixels (default: {IMAGE_SIDE} {IMAGE_SIDE})",
     )
     add(
         "--batch-size",
