@@ -95,8 +95,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def save_log(folder: Path, history: list[dict]) -> None:
     """Write a line for each epoch of a run as CSV; raise ScriptError if that fails."""
     text = io.StringIO()
-    rows = [history[0], *(row.values() for row in history)]  # the keys are the header
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    table = csv.DictWriter(text, history[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(history)
     write_file(folder / LOG, text.getvalue().encode())
 
 
@@ -127,9 +128,10 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
 
 def unpack(data: bytes) -> dict:
     """Return what torch.save has written, on the CPU; raise ValueError if it is not plain data."""
-    warnings.filterwarnings("ignore", "TypedStorage")  # torch 2.0 warns about what it does itself
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about what it does itself
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError("it holds more than tensors, numbers and text") from error
 

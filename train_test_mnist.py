@@ -140,7 +140,8 @@ def train_one_epoch(
                 seen = min(number * batch_size, len(images))
                 mean_loss, accuracy = total_loss / seen, 100 * total_correct / seen
                 if not math.isfinite(mean_loss):
-                    raise FloatingPointError(f"the loss is {mean_loss} after {number} batches")
+                    problem = f"the loss is {mean_loss} after {number} batches"
+                    raise FloatingPointError(f"{problem}; try a lower --lr")
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, accuracy {accuracy:.2f} %")
     return mean_loss, accuracy
 
@@ -159,7 +160,7 @@ def evaluate(
     logits = torch.cat([model(batch) for batch in batches])  # (N, 10)
     loss = F.cross_entropy(logits, labels).item()
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss in evaluation is {loss}")
+        raise FloatingPointError(f"the loss in evaluation is {loss}; try a lower --lr")
     return loss, 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
@@ -181,22 +182,20 @@ def main() -> None:
         raise KeyboardInterrupt(how_to_go_on(saved)) from error
     except BrokenPipeError:
         raise
-    except FloatingPointError as error:
-        raise ScriptError(f"{error}; try a lower --lr; {how_to_go_on(saved)}") from error
-    except (ScriptError, OSError) as error:
-        raise ScriptError(f"{error}; {how_to_go_on(saved)}") from error
+    except (ScriptError, OSError, FloatingPointError) as error:
+        raise ScriptError(f"{error}{how_to_go_on(saved)}") from error
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         remedy = "choose a smaller --batch-size or --test-batch-size, or --device cpu"
-        raise ScriptError(f"no memory left: {remedy}; {how_to_go_on(saved)}") from error
+        raise ScriptError(f"no memory left: {remedy}{how_to_go_on(saved)}") from error
 
 
 def how_to_go_on(saved: list[Path]) -> str:
     for path in reversed(saved):
         if path.exists():
-            return f"to go on: python train_test_mnist.py --resume {shlex.quote(path.as_posix())}"
-    return "nothing was saved yet"
+            return f"; to go on: python train_test_mnist.py --resume {shlex.quote(path.as_posix())}"
+    return ""
 
 
 def train(args: Namespace, folder: Path, saved: list[Path]) -> None:

@@ -42,8 +42,8 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         print(end="", flush=True)
     except KeyboardInterrupt as error:
-        advice = "".join(error.args) or "run it again"
-        print(f"{script}: interrupted; {advice}", file=sys.stderr)
+        advice = "".join(error.args) or "; run it again"
+        print(f"{script}: interrupted{advice}", file=sys.stderr)
         sys.exit(128 + received)
     except BrokenPipeError:  # nobody reads the output any more
         os._exit(1)  # without Python's complaint about what it cannot write

@@ -113,8 +113,6 @@ def test_what_cannot_be_recorded_trains_as_it_is(obstacle, train, tmp_path, monk
 
 
 def test_a_loss_that_is_no_number(train, recordings, tmp_path):
-    with pytest.raises(
-        ScriptError, match=r"^epoch 1: the loss is (nan|inf) after \d+ batches; nothing was saved"
-    ):
+    with pytest.raises(ScriptError, match=r"^the loss is (nan|inf) after .*; try a lower --lr$"):
         train(tmp_path, *OPTIONS, "--lr", 1e30)
     assert not list(tmp_path.glob("*.pth"))

@@ -30,7 +30,7 @@ from checkpoints import BEST, CURVES, LOG, epoch_files, find_newest_checkpoint, 
 from models import build_model
 from utils import ScriptError
 
-GO_ON = "to go on: python train_test_mnist.py --resume"
+GO_ON = "; to go on: python train_test_mnist.py --resume"
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_an_interrupt_gives_the_command_to_go_on(train, folder, tmp_path):
     ):
         train(tmp_path)  # until its first file is in place
     for options in (["--resume"], ["--resume", folder / FOUR], []):
-        advice = f"{GO_ON} '{folder / FOUR}'" if options else "nothing was saved yet"
+        advice = f"{GO_ON} '{folder / FOUR}'" if options else ""
         with (
             patch("train_test_mnist.train_one_epoch", side_effect=KeyboardInterrupt),
             raises(KeyboardInterrupt, match=f"^{advice}$"),
@@ -193,7 +193,7 @@ def test_an_interrupt_gives_the_command_to_go_on(train, folder, tmp_path):
     ("error", "message"),
     [
         (OSError(28, "No space left on device"), "No space left on device"),
-        (FloatingPointError("the loss is nan"), "the loss is nan.* lower --lr"),
+        (FloatingPointError("the loss is nan"), "the loss is nan"),
         (RuntimeError("CUDA out of memory. Tried"), "no memory left: .*a smaller --batch-size or"),
         (MemoryError(), "no memory left"),
     ],
@@ -201,9 +201,9 @@ def test_an_interrupt_gives_the_command_to_go_on(train, folder, tmp_path):
 def test_every_end_gives_the_command_to_go_on(error, message, train, folder, monkeypatch):
     before = contents(folder)
     monkeypatch.setattr(tt, "train_one_epoch", lambda *_, **options: raise_(error))
-    with raises(ScriptError, match=f"{message}.*; {GO_ON} '{folder / FOUR}'$"):
+    with raises(ScriptError, match=f"{message}.*{GO_ON} '{folder / FOUR}'$"):
         train(folder, "--resume --epochs 9")
-    with raises(ScriptError, match=f"{message}.*; nothing was saved yet$"):
+    with raises(ScriptError, match=f"{message}[^;]*$"):
         train(folder)
     assert contents(folder) == before
 
@@ -223,7 +223,9 @@ def test_a_folder_that_is_deleted(train, tmp_path, accuracies, monkeypatch):
 
     monkeypatch.setattr("checkpoints.save_log", delete_folder)
     run = tmp_path / "run"
-    with raises(ScriptError, match=f"^cannot write {run / THREE}: No such file .*; nothing was"):
+    with raises(
+        ScriptError, match=f"^cannot write {run / THREE}: No such file [^;]*; see that [^;]*$"
+    ):
         train(run)
 
 

@@ -88,7 +88,7 @@ ENDS = {
     ),
     "defect": (Mock(side_effect=ZeroDivisionError), ZeroDivisionError),  # keeps its traceback
     "interrupt": (Mock(side_effect=KeyboardInterrupt), 130),
-    "advice": (Mock(side_effect=KeyboardInterrupt("run it again")), 130),
+    "advice": (Mock(side_effect=KeyboardInterrupt("; run it again")), 130),
     "SIGTERM": (partial(receive, TERM), 143),
     "twice": (partial(receive, INT, INT), 130),
     "both": (partial(receive, INT, TERM), 130),
