@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from checkpoints import BEST, load_checkpoint
 from digit_images import prepare_digit, read_picture
@@ -91,9 +90,9 @@ def main() -> None:
     if args.test_set or args.plot or not (args.files or args.draw):
         images, labels = load_mnist(args.data_dir, train=False, device=args.device)
         logits = predict(model, images)
-        worst = worst_mistakes(logits, labels)
+        worst, text = find_mistakes(logits, labels)
         title = f"{type(model).__name__} of {args.checkpoint} on the test set: "
-        print(printable(title) + format_mistakes(logits, labels, worst))
+        print(printable(title) + text)
         if args.plot:
             draw_mistakes(args.plot, images[worst], labels[worst], logits[worst].softmax(1))
     if args.draw:
@@ -115,7 +114,8 @@ def load_model(path: Path, device: torch.device) -> nn.Module:
 def print_readings(model: nn.Module, paths: list[Path], folder: Path | None) -> bool:
     """Print a line for each picture, and return whether all could be read.
 
-    If there is a folder, what the model sees is saved there.
+    The line names the two most probable digits, or a doubt. If there is a folder, what the model
+    sees is saved there.
     """
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,44 +125,34 @@ def print_readings(model: nn.Module, paths: list[Path], folder: Path | None) -> 
             reading = read_digit(model, path)
             if folder:
                 image = Image.fromarray(np.uint8(reading["image"]))
-                image.save(folder / f"{number}_{path.stem}_{image.width}x{image.height}.png")
+                image.save(folder / f"{number}_{path.stem}_28x28.png")
         except (ScriptError, OSError) as error:  # the next picture may be fine
             print(printable(f"predict_digits.py: error: {path}: {error}"), file=sys.stderr)
             all_read = False
-        else:
-            print(printable(f"{path}: {format_answer(reading)}"), flush=True)
+            continue
+        shares, digits = torch.tensor(reading["probabilities"]).topk(2)
+        answer = f"{digits[0]} ({shares[0]:.1%}), then {digits[1]} ({shares[1]:.1%})"
+        if reading["message"]:
+            answer = f"{reading['message']}; perhaps {digits[0]}"
+        print(printable(f"{path}: {answer}"), flush=True)
     return all_read
 
 
-def format_answer(reading: dict) -> str:
-    """Return the two most probable digits, or the doubt, as text."""
-    shares, digits = torch.tensor(reading["probabilities"]).topk(2)
-    if reading["message"]:
-        return f"{reading['message']}; perhaps {digits[0]}"
-    return f"{digits[0]} ({shares[0]:.1%}), then {digits[1]} ({shares[1]:.1%})"
+def find_mistakes(logits: Tensor, labels: Tensor) -> tuple[list[int], str]:
+    """Return the indices of all mistakes, those with the largest loss first, and a text.
 
-
-def worst_mistakes(logits: Tensor, labels: Tensor) -> list[int]:
-    """Return the indices of all mistakes, those with the largest loss first.
-
-    `logits` are (N, CLASSES) and `labels` (N,).
+    The text is the accuracy, the confusion matrix and the ten worst mistakes. `logits` are
+    (N, CLASSES) and `labels` (N,).
     """
-    losses = cross_entropy(logits, labels, reduction="none")
+    predictions = logits.argmax(1)
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     order = losses.argsort(descending=True)
-    wrong = logits.argmax(1) != labels
-    return order[wrong[order]].tolist()
-
-
-def format_mistakes(logits: Tensor, labels: Tensor, worst: list[int]) -> str:
-    """Return accuracy, confusion matrix and the ten worst mistakes as text.
-
-    `logits` are (N, CLASSES), `labels` (N,), and `worst` what worst_mistakes() returns for them.
-    """
-    accuracy = 100 * (1 - len(worst) / len(labels))
+    wrong = predictions != labels
+    worst = order[wrong[order]].tolist()
+    accuracy = 100 - 100 * len(worst) / len(labels)
     text = f"accuracy {accuracy:.2f} %, {len(worst)} of {len(labels):,} wrong\n\n"
 
-    text += "label" + "".join(f"   as {digit}" for digit in range(CLASSES)) + "  wrong"
-    predictions = logits.argmax(1)
+    text += "label   as 0   as 1   as 2   as 3   as 4   as 5   as 6   as 7   as 8   as 9  wrong"
     for digit in range(CLASSES):
         counts = predictions[labels == digit].bincount(minlength=CLASSES).tolist()
         cells = "".join(f"{count or '.':>7}" for count in counts)
@@ -170,10 +160,9 @@ def format_mistakes(logits: Tensor, labels: Tensor, worst: list[int]) -> str:
 
     text += "\n\nindex  label  read as  probability    loss"
     for i in worst[:10]:
-        probability, digit = logits[i].softmax(0).max(0)
-        loss = cross_entropy(logits[i], labels[i])
-        text += f"\n{i:5}  {labels[i]:5}  {digit:7}  {probability:11.1%}  {loss:6.2f}"
-    return text
+        share = logits[i].softmax(0).max()
+        text += f"\n{i:5}  {labels[i]:5}  {predictions[i]:7}  {share:11.1%}  {losses[i]:6.2f}"
+    return worst, text
 
 
 def parse_args() -> argparse.Namespace:

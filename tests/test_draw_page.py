@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TRAINED_MODEL5
+from conftest import ROOT, TRAINED_MODEL5, split_options
 from PIL import Image
 from pytest import CaptureFixture, MonkeyPatch
 
@@ -25,10 +25,10 @@ from mnist_data import normalize
 from predict_digits import load_model, predict
 from utils import ScriptError
 
-STROKES = {
-    1: [[(0.4, 0.3), (0.5, 0.2), (0.5, 0.8)]],
-    7: [[(0.25, 0.22), (0.75, 0.22), (0.45, 0.8)], [(0.35, 0.5), (0.7, 0.5)]],
-    8: [[(0.6, 0.3), (0.4, 0.25), (0.6, 0.7), (0.4, 0.75), (0.6, 0.3)]],
+STROKES = {  # x,y of each point, in shares of the side
+    1: [".4,.3 .5,.2 .5,.8"],
+    7: [".25,.22 .75,.22 .45,.8", ".35,.5 .7,.5"],
+    8: [".6,.3 .4,.25 .6,.7 .4,.75 .6,.3"],
 }
 SEEN = """() => ({
   image: [...document.getElementById("seen").getContext("2d").getImageData(0, 0, 28, 28).data]
@@ -54,10 +54,10 @@ def draw_picture() -> bytes:
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a script without MNIST; it must end in one line, whatever the tests do to it."""
-    command = [sys.executable, "predict_digits.py", "--draw", "--device", "cpu"]
-    command += ["--checkpoint", TRAINED_MODEL5, "--data-dir", tmp_path_factory.mktemp("empty")]
+    where = "--checkpoint", TRAINED_MODEL5, "--data-dir", tmp_path_factory.mktemp("empty")
+    command = split_options("predict_digits.py --draw --device cpu", *where)
     with subprocess.Popen(
-        command,
+        [sys.executable, *command],
         cwd=ROOT,
         env=os.environ | {"BROWSER": "echo"},
         stdout=subprocess.PIPE,
@@ -101,25 +101,26 @@ LENGTH = f"POST / {OWN}\r\nContent-Length:"
 
 
 @pytest.mark.parametrize(
-    ("status", "head"),
-    [
-        (400, "\x16\x03\x01 \xff"),
-        (403, "GET / HTTP/1.1"),
-        (403, f"GET / {OWN}.example.org"),
-        (403, f"{LENGTH} 1\r\nOrigin: http://example.org"),
-        (403, f"POST / {OWN}:1\r\nOrigin: http://localhost:2\r\nContent-Length: 1"),
-        (404, f"GET /../models.py {OWN}"),
-        (501, f"PUT / {OWN}"),
-        (411, f"POST / {OWN}"),
-        (411, LENGTH),
-        (400, f"{LENGTH} 2"),
-        (400, f"{LENGTH} -1"),
-        (400, f"{LENGTH} x"),
-        (413, f"{LENGTH} 1000000"),
-        (413, f"{LENGTH} {'9' * 5000}"),
+    "case",
+    [  # the status of the answer, and the request's head
+        "400 \x16\x03\x01 \xff",
+        "403 GET / HTTP/1.1",
+        f"403 GET / {OWN}.example.org",
+        f"403 {LENGTH} 1\r\nOrigin: http://example.org",
+        f"403 POST / {OWN}:1\r\nOrigin: http://localhost:2\r\nContent-Length: 1",
+        f"404 GET /../models.py {OWN}",
+        f"501 PUT / {OWN}",
+        f"411 POST / {OWN}",
+        f"411 {LENGTH}",
+        f"400 {LENGTH} 2",
+        f"400 {LENGTH} -1",
+        f"400 {LENGTH} x",
+        f"413 {LENGTH} 1000000",
+        f"413 {LENGTH} {'9' * 5000}",
     ],
 )
-def test_refused(status: int, head: str, port: int) -> None:
+def test_refused(case: str, port: int) -> None:
+    status, head = case.split(" ", 1)
     body = b"x" if "Length" in head else b""
     assert f"Error code: {status}" in send(port, head, body).decode()
 
@@ -179,7 +180,8 @@ def test_the_page(port: int, tmp_path: Path) -> None:
 
         def draw(digit: int) -> None:
             for stroke in STROKES[digit]:
-                for x, y in stroke:
+                for point in stroke.split():
+                    x, y = map(float, point.split(","))
                     left = box["x"] + x * box["width"]
                     page.mouse.move(left, box["y"] + y * box["height"], steps=3)
                     page.mouse.down()  # which it is already after the first point

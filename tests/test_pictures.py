@@ -32,42 +32,32 @@ def draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable:
     return draw
 
 
-def make_history(epochs: int, parts: list[str], accuracy: float) -> list[dict]:
-    """Return a run's history; an accuracy above 100 % counts as 100 %."""
-    history = []
-    for epoch in range(1, epochs + 1):
-        row = {"epoch": epoch, "val_loss": None, "val_accuracy": None}
-        for number, part in enumerate(parts):
-            row[f"{part}_loss"] = (1 + number) / epoch
-            row[f"{part}_accuracy"] = min(accuracy + number, 100.0)
-        history.append(row)
-    return history
-
-
 # matplotlib warns where no epoch has an error
 @pytest.mark.filterwarnings("ignore:Data has no positive values")
 @pytest.mark.parametrize("parts", [["train", "test"], ["train", "val", "test"]])
 @pytest.mark.parametrize(("epochs", "accuracy"), [(20, 90.0), (1, 90.0), (3, 99.0), (2, 100.0)])
 def test_curves(epochs: int, accuracy: float, parts: list[str], draw: Callable) -> None:
-    history = make_history(epochs, parts, accuracy)
+    numbers = list(range(1, epochs + 1))
+    history = []
+    for epoch in numbers:
+        row = {"epoch": epoch, "val_loss": None, "val_accuracy": None}
+        for extra, part in enumerate(parts):
+            row[f"{part}_loss"] = (1 + extra) / epoch
+            row[f"{part}_accuracy"] = min(accuracy + extra, 100.0)
+        history.append(row)
     figure = draw(draw_curves, history, "Model5")
     assert figure.get_suptitle() == "Model5: loss and error of each epoch"
-    losses, errors = figure.axes
-    assert losses.get_ylabel() == "loss"
-    assert errors.get_ylabel() == "error, %"
-    for axes in figure.axes:
-        assert axes.get_xlabel() == "epoch"
-        assert axes.get_yscale() == "log"
+    for axes, label in zip(figure.axes, ("loss", "error, %"), strict=True):
+        words = axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()
+        assert words == ("epoch", label, "log")
         legend = axes.get_legend().get_texts()
         assert [text.get_text() for text in legend] == parts
         assert all(tick == int(tick) for tick in axes.get_xticks())
-        for line in axes.lines:
-            assert list(line.get_xdata()) == [row["epoch"] for row in history]
-    for number, part in enumerate(parts):
-        loss = losses.lines[number].get_ydata()
-        error = errors.lines[number].get_ydata()
-        assert list(loss) == [row[f"{part}_loss"] for row in history]
-        assert list(error) == [100 - row[f"{part}_accuracy"] for row in history]
+        for line, part in zip(axes.lines, parts, strict=True):
+            losses = [row[f"{part}_loss"] for row in history]
+            errors = [100 - row[f"{part}_accuracy"] for row in history]
+            assert list(line.get_xdata()) == numbers
+            assert list(line.get_ydata()) == (losses if label == "loss" else errors)
 
 
 @pytest.mark.parametrize("count", [0, 2, 41])
