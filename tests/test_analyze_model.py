@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -36,10 +35,10 @@ Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture
-def report(monkeypatch: Patch, capsys: pytest.CaptureFixture) -> Report:
+def report(monkeypatch, capsys):
     """Return a function that gives what the script prints with the given options."""
 
-    def run_main(*options: object) -> str:
+    def run_main(*options):
         command = "analyze_model.py", "--device", "cpu", *options
         monkeypatch.setattr("sys.argv", [*map(str, command)])
         analyze_model.main()
@@ -51,7 +50,7 @@ def report(monkeypatch: Patch, capsys: pytest.CaptureFixture) -> Report:
 @pytest.mark.parametrize(
     ("name", "total"), [("Model1", 14_620), ("Model2", 14_796), ("Model5", 8_018)]
 )
-def test_totals_agree_with_torchinfo(name: str, total: int) -> None:
+def test_totals_agree_with_torchinfo(name, total):
     model = build_model(name)
     analysis = analyze_digits(model, batch_size=64)
     theirs = torchinfo.summary(model, (1, 1, 28, 28), verbose=0)
@@ -61,7 +60,7 @@ def test_totals_agree_with_torchinfo(name: str, total: int) -> None:
     assert last_field(analysis) == "28x28"
 
 
-def test_memory_of_model1_counted_by_hand() -> None:
+def test_memory_of_model1_counted_by_hand():
     # Parameters are 4 * 14,620 bytes, images 4 * 3 * 28 * 28, labels 8 * 3.
     # Kept for backward are each ReLU's output, which is also the next layer's input, max-pool's
     # output and its int64 indices, and the transition's output. The last convolution's output is
@@ -83,7 +82,7 @@ def test_memory_of_model1_counted_by_hand() -> None:
     assert rows == squeeze(expected)
 
 
-def test_parameters_are_counted_once_and_where_they_are() -> None:
+def test_parameters_are_counted_once_and_where_they_are():
     net = Net(
         lambda x, a, b, c, d: b(b(c(c(a(x))))),
         conv(1, 4),
@@ -121,17 +120,17 @@ def test_parameters_are_counted_once_and_where_they_are() -> None:
         ([nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(2)], "2 fails .*Expected more than 1 value"),
     ],
 )
-def test_what_fails_is_named(layers: list[nn.Module], expected: str) -> None:
+def test_what_fails_is_named(layers, expected):
     failure = analyze_digits(Sequential(conv(), *layers), batch_size=1).failure
     assert re.match(expected, failure)
 
 
-def test_the_model_comes_back_unchanged() -> None:
+def test_the_model_comes_back_unchanged():
     model = build_model("Model5")
     model.conv_block1.eval()
     model(torch.randn(2, 1, 28, 28)).sum().backward()
 
-    def state() -> list[object]:
+    def state():
         gradients = [parameter.grad for parameter in model.parameters()]
         modules = [(module.training, len(module._forward_hooks)) for module in model.modules()]
         return [torch.get_rng_state(), model.state_dict(), gradients, modules]
@@ -141,7 +140,7 @@ def test_the_model_comes_back_unchanged() -> None:
     assert_same(before, state())
 
 
-def test_report(report: Report) -> None:
+def test_report(report):
     expected = """\
         (conv_block2): Sequential(
         2 Conv2d 24x22x22 3,456 3,456 23.64 % 1,672,704
@@ -157,14 +156,14 @@ def test_report(report: Report) -> None:
     assert sum(" ok " in line for line in lines) >= 4
 
 
-def test_a_narrow_terminal_loses_no_column(report: Report, monkeypatch: Patch) -> None:
+def test_a_narrow_terminal_loses_no_column(report, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     table = report().split("\nReceptive fields\n")[1].split("\nk s p d ")[0]
     assert max(map(len, table.splitlines())) <= 60
     assert {*analyze_model.COLUMNS, "RF", "28x28", "output_block.1"} <= set(table.split())
 
 
-def test_json_is_the_whole_analysis(report: Report) -> None:
+def test_json_is_the_whole_analysis(report):
     names = "Model1", "Model5"
     analyses = {name: analyze_digits(build_model(name), batch_size=5) for name in names}
     expected = {name: dataclasses.asdict(analysis) for name, analysis in analyses.items()}
@@ -172,14 +171,14 @@ def test_json_is_the_whole_analysis(report: Report) -> None:
     assert output == json.dumps(expected, indent=2) + "\n"
 
 
-def test_all_models_end_in_a_comparison(report: Report) -> None:
+def test_all_models_end_in_a_comparison(report):
     output = report("--model", "all", "--no-verify")
     comparison = output[output.index("Comparison") :].splitlines()
     assert comparison[2].split()[:5] == ["Model1", "skipped", "28x28", "14,620", "2,687,476"]
     assert [line.split()[0] for line in comparison[2:]] == ["Model1", "Model2", "Model5"]
 
 
-def test_checkpoint(report: Report, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_checkpoint(report, tmp_path, monkeypatch):
     path = tmp_path / "best.pth"
     model = build_model("Model2")
     checkpoint = {
@@ -207,7 +206,7 @@ def test_checkpoint(report: Report, tmp_path: Path, monkeypatch: Patch) -> None:
         report("--checkpoint", path, "--model", "Model1")
 
 
-def test_resnet18() -> None:
+def test_resnet18():
     model = torchvision.models.resnet18(weights=None)
     model.conv1 = Conv2d(1, 64, 7, 2, 3, bias=False)
     analysis = analyze(model, (32, 32), batch_size=64)
@@ -217,7 +216,7 @@ def test_resnet18() -> None:
     assert last.fields[0]["height"].r_out == 435  # as in Araujo's table, before global pooling
 
 
-def test_a_call_is_measured_where_it_is_made() -> None:
+def test_a_call_is_measured_where_it_is_made():
     model = Net(lambda x, a, b, c: c(b(b(a(x)))).relu(), conv(), conv(2), nn.Dropout(0.5))
     # With n = 28 * 28, a makes 18 * n products and b 36 * n. Kept are 40 * n bytes each time: the
     # model keeps what relu needs, convolutions their input but the images, dropout its mask.
@@ -232,14 +231,14 @@ def test_a_call_is_measured_where_it_is_made() -> None:
     assert [f"{layer.name} {layer.macs} {layer.kept}" for layer in layers] == squeeze(expected)
 
 
-def test_work_that_no_image_enters_counts_as_a_whole() -> None:
+def test_work_that_no_image_enters_counts_as_a_whole():
     model = Net(lambda x, a, b: a(x) * (b.weight @ b.weight).mean(), conv(), Linear(5, 5))
     analysis = analyze_digits(model)
     assert analysis.problems() == []
     assert analysis.totals["macs"] == 28 * 28 * 18 + 5**3
 
 
-def test_never_called() -> None:
+def test_never_called():
     model = Net(
         lambda x, a, b, c, d: a(b(x)) if a.training else a(x),
         conv(),
@@ -258,7 +257,7 @@ def test_never_called() -> None:
     assert rows == squeeze(expected)
 
 
-def test_products_that_the_counter_does_not_know(monkeypatch: Patch) -> None:
+def test_products_that_the_counter_does_not_know(monkeypatch):
     monkeypatch.setattr(model_runs, "FlopCounterMode", None)  # as with torch 2.0
     analysis = analyze_digits(build_model("Model5"))
     assert analysis.problems() == []
@@ -267,9 +266,7 @@ def test_products_that_the_counter_does_not_know(monkeypatch: Patch) -> None:
     assert [check.name for check in analysis.checks if check.passed is None] == ["MACs"]
 
 
-def test_a_counter_that_disagrees_fails(
-    report: Report, monkeypatch: Patch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_counter_that_disagrees_fails(report, monkeypatch, capsys):
     counter = model_runs.FlopCounterMode
     right = counter.get_total_flops
     monkeypatch.setattr(counter, "get_total_flops", lambda self: 3 * right(self))
@@ -278,15 +275,13 @@ def test_a_counter_that_disagrees_fails(
     assert "MACs FAILED" in squeeze(capsys.readouterr().out)
 
 
-def test_a_mistake_in_the_parameters_fails(monkeypatch: Patch) -> None:
+def test_a_mistake_in_the_parameters_fails(monkeypatch):
     without_bias = property(lambda layer: layer.weight, lambda layer, n: None)
     monkeypatch.setattr(analyze_model.Layer, "parameters", without_bias)
     assert analyze_digits(conv()).problems() == ["parameters: wrong at the total"]
 
 
-def test_images_too_small_show_the_layers_so_far(
-    report: Report, capsys: pytest.CaptureFixture
-) -> None:
+def test_images_too_small_show_the_layers_so_far(report, capsys):
     with pytest.raises(ScriptError, match=r"^Model5: conv_block2\.0 fails on images of 8x30: .+"):
         report("--input-size", 8, 30)
     lines = squeeze(capsys.readouterr().out)
@@ -294,7 +289,7 @@ def test_images_too_small_show_the_layers_so_far(
     assert "Receptive fields" not in lines
 
 
-def test_branches_that_differ_in_one_axis() -> None:
+def test_branches_that_differ_in_one_axis():
     model = Net(
         lambda x, a, b: a(x) + b(x),
         Conv2d(1, 2, 5, padding=2),
@@ -304,7 +299,7 @@ def test_branches_that_differ_in_one_axis() -> None:
     assert rows[-1] == "add() function 1x- 1x- 0x- 1x- 28 28 1 1 5 5 2 2 5x5"
 
 
-def test_a_block_that_is_followed_as_a_whole() -> None:
+def test_a_block_that_is_followed_as_a_whole():
     block = Sequential(Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4), ReLU(), nn.AdaptiveAvgPool2d(1))
     analysis = analyze_digits(Sequential(block, nn.Flatten()))
     assert [layer.name for layer in analysis.layers if layer.fields] == ["0"]
@@ -312,8 +307,8 @@ def test_a_block_that_is_followed_as_a_whole() -> None:
     assert analyze_model.format_fields(analysis)[-1].endswith("any of these: Flatten.")
 
 
-def test_lazy_layers(report: Report, monkeypatch: Patch) -> None:
-    def use(layer: nn.Module) -> None:
+def test_lazy_layers(report, monkeypatch):
+    def use(layer):
         model = Sequential(layer, nn.LazyLinear(10))
         monkeypatch.setattr(analyze_model, "build_model", lambda name: model)
 
@@ -324,10 +319,10 @@ def test_lazy_layers(report: Report, monkeypatch: Patch) -> None:
         report()
 
 
-def test_image(report: Report, tmp_path: Path, tiny_data: Path, monkeypatch: Patch) -> None:
+def test_image(report, tmp_path, tiny_data, monkeypatch):
     path = tmp_path / "fields.png"
 
-    def draw(*options: object) -> np.ndarray:
+    def draw(*options):
         report("--image", path, "--data-dir", tiny_data, *options)
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"))
@@ -350,7 +345,7 @@ def test_image(report: Report, tmp_path: Path, tiny_data: Path, monkeypatch: Pat
         draw()
 
 
-def test_maps_of_modules() -> None:
+def test_maps_of_modules():
     model = Sequential(
         conv(),
         nn.BatchNorm2d(2),
@@ -368,7 +363,7 @@ def test_maps_of_modules() -> None:
     assert module_maps(model, torch.rand(1, 1, 6, 8)).keys() == {"0", "1", "2", "3"}
 
 
-def test_fields_of_the_centre() -> None:
+def test_fields_of_the_centre():
     analysis = analyze_digits(Sequential(Conv2d(1, 2, 5, padding=2), ReLU()))
     expected = {"top": 12, "left": 12, "height": 5, "width": 5}
     assert analyze_model.centre_fields(analysis) == {"0": expected}

@@ -3,7 +3,6 @@
 import io
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,7 +174,7 @@ def prepare(
 
 
 @pytest.fixture(scope="module")
-def mnist(real_data: Path) -> tuple[ndarray, ndarray]:
+def mnist(real_data):
     """The last hundred digits of the test set, (100, 28, 28) uint8, and their labels."""
     test_set = MNIST(real_data, train=False)
     return test_set.data[-100:].numpy(), test_set.targets[-100:].numpy()
@@ -189,7 +188,7 @@ def read(*images: ndarray) -> ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_read(kind: str, mnist: tuple) -> None:
+def test_read(kind, mnist):
     count = math.ceil(PICTURES / 4) if "large" in kind else PICTURES
     digits, labels = (each[-count:] for each in mnist)
     pairs = [prepare(seed, digit, **KINDS[kind]) for seed, digit in enumerate(digits)]
@@ -201,7 +200,7 @@ def test_read(kind: str, mnist: tuple) -> None:
         assert doubts.count("") >= 0.98 * count
 
 
-def test_size_and_place(mnist: tuple) -> None:
+def test_size_and_place(mnist):
     for seed, digit in enumerate(mnist[0][-20:]):
         image, _ = prepare(seed, digit, size=(300, 400))
         extents = [np.ptp(positions) + 1 for positions in np.nonzero(image > 40)]
@@ -222,7 +221,7 @@ def test_size_and_place(mnist: tuple) -> None:
     ],
     ids=str,
 )
-def test_empty_page(options: dict) -> None:
+def test_empty_page(options):
     digit = np.full((28, 28), 255, np.uint8)
     paper = options.get("paper", 225)
     for seed in range(PICTURES):
@@ -230,7 +229,7 @@ def test_empty_page(options: dict) -> None:
             prepare(seed, digit, ink=paper, **options)
 
 
-def test_two_digits(mnist: tuple) -> None:
+def test_two_digits(mnist):
     digits = mnist[0][-PICTURES - 1 :, :, 4:24]
     doubts = []
     for seed in range(PICTURES):
@@ -239,7 +238,7 @@ def test_two_digits(mnist: tuple) -> None:
     assert doubts.count("unsure: several shapes of similar size") >= 0.8 * PICTURES
 
 
-def test_other_peoples_digits() -> None:
+def test_other_peoples_digits():
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
     images, labels = datasets.load_digits(return_X_y=True)
     step = math.ceil(100 / PICTURES)
@@ -251,7 +250,7 @@ def test_other_peoples_digits() -> None:
     assert np.mean(read(*prepared) == labels[::step]) > 0.87
 
 
-def test_parts_and_specks() -> None:
+def test_parts_and_specks():
     page = np.ones((100, 100, 3), np.float32)
     page[40:80, 40:46] = page[30:34, 40:70] = 0  # a digit of two strokes
     alone, doubt = prepare_digit(page)
@@ -266,22 +265,20 @@ def test_parts_and_specks() -> None:
 @pytest.mark.parametrize(
     ("ink", "paper", "height"), [(255, 0, 100), ((30, 60, 200), (250, 240, 220), 150)]
 )
-def test_a_line_of_one_pixel_in_any_column(
-    left: int, ink: object, paper: object, height: int
-) -> None:
+def test_a_line_of_one_pixel_in_any_column(left, ink, paper, height):
     page = np.full((height, 100, 3), paper, np.float32)
     page[20:80, left] = ink
     image, _ = prepare_digit(page / 255)
     assert image[6:22].max(1).min() > 200
 
 
-def test_shapes_without_ink() -> None:
+def test_shapes_without_ink():
     for height, width in (1, 1), (1, 500), (2000, 2), (30, 700):
         with pytest.raises(ScriptError, match="no ink"):
             prepare_digit(np.ones((height, width, 3), np.float32))
 
 
-def test_coloured_ink(mnist: tuple) -> None:
+def test_coloured_ink(mnist):
     digit = np.pad(mnist[0][-1], 14)
     for colour in range(3):
         page = np.full((56, 56, 3), 0.8, np.float32)
@@ -306,7 +303,7 @@ GREY = np.tile(np.linspace(0, 240, 40, dtype=np.uint8), (30, 1))
         "tif L RGB RGBA CMYK I;16 F",
     ],
 )
-def test_formats(formats: str, tmp_path: Path) -> None:
+def test_formats(formats, tmp_path):
     suffix, *modes = formats.split()
     path = tmp_path / f"a.{suffix}"
     deep = {"I;16": GREY * np.uint16(257), "F": GREY * np.float32(9)}
@@ -323,7 +320,7 @@ def test_formats(formats: str, tmp_path: Path) -> None:
         assert abs(errors).mean() < 0.03
 
 
-def test_turned_and_large(tmp_path: Path) -> None:
+def test_turned_and_large(tmp_path):
     path = tmp_path / "large.png"
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
@@ -333,7 +330,7 @@ def test_turned_and_large(tmp_path: Path) -> None:
     assert (np.diff(picture.mean((1, 2))) >= 0).all()
 
 
-def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable(tmp_path, monkeypatch):
     # Pillow itself raises from twice this number of pixels on
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
     monkeypatch.setattr(digit_images, "MAX_PIXELS", 1000)

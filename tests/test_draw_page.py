@@ -10,15 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TRAINED_MODEL5, split_options
 from PIL import Image
-from pytest import CaptureFixture, MonkeyPatch
 
 from draw_digit import PageRequest, PageServer, serve_page
 from mnist_data import normalize
@@ -52,7 +49,7 @@ def draw_picture() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def port(tmp_path_factory):
     """The port of a script without MNIST; it must end in one line, whatever the tests do to it."""
     where = "--checkpoint", TRAINED_MODEL5, "--data-dir", tmp_path_factory.mktemp("empty")
     command = split_options("predict_digits.py --draw --device cpu", *where)
@@ -119,13 +116,13 @@ LENGTH = f"POST / {OWN}\r\nContent-Length:"
         f"413 {LENGTH} {'9' * 5000}",
     ],
 )
-def test_refused(case: str, port: int) -> None:
+def test_refused(case, port):
     status, head = case.split(" ", 1)
     body = b"x" if "Length" in head else b""
     assert f"Error code: {status}" in send(port, head, body).decode()
 
 
-def test_answered(port: int) -> None:
+def test_answered(port):
     idle = socket.create_connection(("127.0.0.1", port))
     for request in ("", f"{LENGTH} 9\r\n\r\nx", f"GET / {OWN}\r\n\r\n"):
         # A client that goes away without reading the answer
@@ -139,14 +136,14 @@ def test_answered(port: int) -> None:
     idle.close()
 
 
-def test_port_in_use(port: int) -> None:
+def test_port_in_use(port):
     message = f"^cannot use port {port}: .*; leave out --port or name another$"
     with pytest.raises(ScriptError, match=message):
         serve_page(dict, port)
 
 
-def test_one_reader_and_a_silent_client(monkeypatch: MonkeyPatch, capsys: CaptureFixture) -> None:
-    def read(picture: bytes) -> dict:
+def test_one_reader_and_a_silent_client(monkeypatch, capsys):
+    def read(picture):
         return {"quotient": 1 // len(picture), "thread": threading.current_thread().name}
 
     assert 0 < PageRequest.timeout < 60
@@ -163,7 +160,7 @@ def test_one_reader_and_a_silent_client(monkeypatch: MonkeyPatch, capsys: Captur
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium on this machine")
-def test_the_page(port: int, tmp_path: Path) -> None:
+def test_the_page(port, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as tool:
         chromium = shutil.which("chromium")
@@ -178,7 +175,7 @@ def test_the_page(port: int, tmp_path: Path) -> None:
         box = page.locator("#pad").bounding_box()
         press = page.keyboard.press
 
-        def draw(digit: int) -> None:
+        def draw(digit):
             for stroke in STROKES[digit]:
                 for point in stroke.split():
                     x, y = map(float, point.split(","))
@@ -187,7 +184,7 @@ def test_the_page(port: int, tmp_path: Path) -> None:
                     page.mouse.down()  # which it is already after the first point
                 page.mouse.up()
 
-        def wait(**wanted: object) -> dict:
+        def wait(**wanted):
             """Return what is seen as soon as it equals what is wanted, or passes its tests."""
             for _ in range(200):
                 seen = page.evaluate(SEEN)

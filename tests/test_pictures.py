@@ -1,8 +1,6 @@
 """The pictures: the curves of a run, a model's mistakes, and the error without matplotlib."""
 
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +12,11 @@ from utils import ScriptError
 
 
 @pytest.fixture
-def draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable:
+def draw(monkeypatch, tmp_path):
     """Return a function that draws a picture and returns its matplotlib Figure."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-    def draw(draw_picture: Callable, *options: object) -> object:
+    def draw(draw_picture, *options):
         figures = []
         monkeypatch.setattr(pictures, "save_figure", lambda path, figure: figures.append(figure))
         draw_picture(tmp_path, *options)
@@ -36,7 +34,7 @@ def draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable:
 @pytest.mark.filterwarnings("ignore:Data has no positive values")
 @pytest.mark.parametrize("parts", [["train", "test"], ["train", "val", "test"]])
 @pytest.mark.parametrize(("epochs", "accuracy"), [(20, 90.0), (1, 90.0), (3, 99.0), (2, 100.0)])
-def test_curves(epochs: int, accuracy: float, parts: list[str], draw: Callable) -> None:
+def test_curves(epochs, accuracy, parts, draw):
     numbers = list(range(1, epochs + 1))
     history = []
     for epoch in numbers:
@@ -61,7 +59,7 @@ def test_curves(epochs: int, accuracy: float, parts: list[str], draw: Callable) 
 
 
 @pytest.mark.parametrize("count", [0, 2, 41])
-def test_mistakes(count: int, draw: Callable) -> None:
+def test_mistakes(count, draw):
     probabilities = torch.tensor([0.25, 0.75]).repeat(count, 1)
     labels = torch.zeros(count, dtype=torch.int64)
     images = torch.zeros(count, 1, 28, 28)
@@ -70,7 +68,7 @@ def test_mistakes(count: int, draw: Callable) -> None:
     assert titles == (["0 read as 1, 75%"] * count + [""] * 40)[:40]
 
 
-def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ScriptError, match=r"^drawing needs matplotlib.*: pip install matplotlib$"):
         require_matplotlib()

@@ -1,7 +1,6 @@
 """The trained model at work: the test set's mistakes, and the script's lines and errors."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY_FILES, split_options
 from PIL import Image
-from pytest import CaptureFixture, MonkeyPatch, raises
+from pytest import raises
 from torch import nn
 
 import models
@@ -39,17 +38,15 @@ index  label  read as  probability    loss
 
 
 @pytest.fixture
-def best(trained: tuple[Path, str]) -> Path:
+def best(trained):
     return trained[0] / BEST
 
 
 @pytest.fixture
-def predict(
-    best: Path, tiny_data: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture
-) -> Callable:
+def predict(best, tiny_data, monkeypatch, capsys):
     """Return a function that gives the script's output and errors with the given options."""
 
-    def run(*options: object) -> tuple[str, str]:
+    def run(*options):
         usual = "--device cpu --data-dir", tiny_data, "--checkpoint", best
         monkeypatch.setattr("sys.argv", split_options("predict_digits.py", *usual, *options))
         predict_digits.main()
@@ -65,7 +62,7 @@ def draw_line(path: Path) -> Path:
     return path
 
 
-def test_mistakes_counted_by_hand() -> None:
+def test_mistakes_counted_by_hand():
     labels = torch.tensor([3, 3, 7, 1, 0])
     logits = torch.zeros(5, 10)
     for image, (digit, logit) in enumerate([(3, 5.0), (8, 2.0), (1, 9.0), (1, 1.0), (0, 1.0)]):
@@ -73,7 +70,7 @@ def test_mistakes_counted_by_hand() -> None:
     assert find_mistakes(logits, labels) == ([2, 1], MISTAKES)
 
 
-def test_the_test_set(predict: Callable, best: Path, tmp_path: Path) -> None:
+def test_the_test_set(predict, best, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     output, errors = predict("--plot", tmp_path / "mistakes.png")
     accuracy = torch.load(best, weights_only=True)["test_accuracy"]
@@ -85,7 +82,7 @@ def test_the_test_set(predict: Callable, best: Path, tmp_path: Path) -> None:
     assert (tmp_path / "mistakes.png").exists()
 
 
-def test_pictures(predict: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_pictures(predict, tmp_path, monkeypatch):
     data = bytearray(TINY_FILES["t10k-images-idx3-ubyte"])
     pixels = np.frombuffer(data, np.uint8, 784, 16).reshape(28, 28)
     label = TINY_FILES["t10k-labels-idx1-ubyte"][8]
@@ -104,9 +101,9 @@ def test_pictures(predict: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -
         assert (np.asarray(picture) == pixels).all()
 
 
-def test_own_class(predict: Callable, best: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_own_class(predict, best, tmp_path, monkeypatch):
     class Own(nn.Sequential):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__(nn.Flatten(), nn.Linear(784, 10))
 
     monkeypatch.setattr(models, "model_classes", lambda: {"Own": Own})
@@ -123,7 +120,7 @@ def test_own_class(predict: Callable, best: Path, tmp_path: Path, monkeypatch: M
     assert f"\nOwn of {path} on the test set: accuracy " in output
 
 
-def test_the_page_is_served_last(predict: Callable, monkeypatch: MonkeyPatch) -> None:
+def test_the_page_is_served_last(predict, monkeypatch):
     monkeypatch.setattr(predict_digits, "serve_page", lambda _, port: print("page on port", port))
     output, _ = predict("--test-set --draw --port 1")
     assert "on the test set: accuracy " in output
@@ -131,9 +128,7 @@ def test_the_page_is_served_last(predict: Callable, monkeypatch: MonkeyPatch) ->
     assert predict("--draw --data-dir none") == ("page on port 0\n", "")
 
 
-def test_a_bad_picture_stops_no_other(
-    predict: Callable, tmp_path: Path, capsys: CaptureFixture
-) -> None:
+def test_a_bad_picture_stops_no_other(predict, tmp_path, capsys):
     Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
     long = draw_line(tmp_path / ("a" * 250))  # too long with what --save-prepared adds
     good = draw_line(tmp_path / "good\x1b[2J")
@@ -151,7 +146,7 @@ def test_a_bad_picture_stops_no_other(
     assert re.fullmatch(rf"{tmp_path}/good'\\x1b'\[2J: \d .*\n", output)
 
 
-def test_what_cannot_be_used(predict: Callable, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_what_cannot_be_used(predict, tmp_path, monkeypatch):
     missing = tmp_path / "a.pth"
     with raises(ScriptError, match=rf"^there is no {missing}: first train a model: python "):
         predict("--checkpoint", missing)

@@ -340,7 +340,7 @@ def assert_followed(analysis: Analysis, expected: str) -> None:
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_followed(name: str) -> None:
+def test_followed(name):
     model = FOLLOWED[name]
     expected, _ = name.split(": ")
     analysis = analyze_digits(model)
@@ -349,25 +349,25 @@ def test_followed(name: str) -> None:
     assert analysis.layers[0].output_shape == output.shape[1:]
 
 
-def test_large_maps_are_sampled() -> None:
+def test_large_maps_are_sampled():
     model = Sequential(conv(), ReLU(), nn.AvgPool2d(2), nn.GroupNorm(1, 2))
     assert_followed(analyze(model, (150, 120), batch_size=2), "152x122")
 
 
 @pytest.mark.parametrize("name", NOT_FOLLOWED)
-def test_not_followed(name: str) -> None:
+def test_not_followed(name):
     expected, _ = name.split(": ")
     analysis = analyze_digits(NOT_FOLLOWED[name])
     assert analysis.problems() == []
     assert expected in next(layer.unknown for layer in analysis.layers if layer.unknown)
 
 
-def test_the_table_of_the_readme() -> None:
+def test_the_table_of_the_readme():
     table, *_ = format_fields(analyze_digits(build_model("Model5")))
     assert f"\n{table}\n" in (ROOT / "README.md").read_text()
 
 
-def test_both_axes() -> None:
+def test_both_axes():
     model = Sequential(
         Conv2d(1, 2, (3, 5), (1, 2), (1, 2), (2, 1)),
         nn.AvgPool2d(2),
@@ -381,13 +381,13 @@ def test_both_axes() -> None:
     assert rows[-1] == "5 Linear 3x4 3x4 0 1 3x4 1 8 24x32 20x27 36x51 5x10 5x10 36x51"
 
 
-def test_a_call_that_changes_one_axis_changes_nothing_in_the_other() -> None:
+def test_a_call_that_changes_one_axis_changes_nothing_in_the_other():
     model = Net(lambda x, a: F.pad(a(x), (2, 2)), Conv2d(1, 2, 5, 2))
     rows = field_rows(analyze_digits(model))
     assert rows[-1] == "pad() function 1 1 0x2 1 12 12x16 2 2 5 5 0 0x4 5x5"
 
 
-def test_what_comes_in_where_branches_meet_is_the_largest() -> None:
+def test_what_comes_in_where_branches_meet_is_the_largest():
     model = Net(lambda x, a, b: a(x) + x + b(x), conv(1, 1), Conv2d(1, 1, 7, padding=3))
     expected = """\
         a     Conv2d   3 1 1 1 28 28 1 1 1 3 0 1 3x3
@@ -407,7 +407,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_fails_its_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_fails_its_check(name, monkeypatch):
     model = Sequential(
         Conv2d(1, 2, 3, 2, 1),
         Conv2d(2, 2, 3, dilation=2),
@@ -417,7 +417,7 @@ def test_a_mistake_fails_its_check(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert analyze_digits(model).problems() == []
     right = receptive_fields.apply_window
 
-    def wrong(*args: object) -> receptive_fields.View:
+    def wrong(*args):
         axis, seen = right(*args)
         mistake = MISTAKES[name](axis)
         if not mistake:
@@ -429,8 +429,8 @@ def test_a_mistake_fails_its_check(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_declared_window_that_a_replay_does_not_show_fails(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     monkeypatch.setattr(Call, "declared_windows", lambda call: [(4, 1, 1, 1)] * 2)
     analysis = analyze_digits(Sequential(Sequential(conv())))
     assert analysis.problems() == ["windows: wrong at 0.0"]
