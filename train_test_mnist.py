@@ -260,11 +260,11 @@ def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
         print(format_row(history), flush=True)
 
     best = checkpoints.best_row(history)
-    best_file = [*folder.glob(checkpoints.BEST), saved[-1]][0]  # the last epoch's if there is none
+    best_path = folder / checkpoints.BEST
     print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %")
     print(f"Last: epoch {epoch}, test accuracy {row['test_accuracy']:.2f} %, saved as {saved[-1]}")
     command = "python predict_digits.py --test-set --draw --checkpoint"
-    print(f"Next: {command} {shlex.quote(best_file.as_posix())}")
+    print(f"Next: {command} {shlex.quote(best_path.as_posix())}")
 
 
 def choose_options(given: dict, start: Path | None, resumed: dict) -> Namespace:
@@ -272,15 +272,16 @@ def choose_options(given: dict, start: Path | None, resumed: dict) -> Namespace:
 
     Raises ScriptError if an option that is given contradicts the run to resume.
     """
-    defaults = RECIPE | {"model": "Model5", "batch_size": default_batch_size(given["device"])}
-    options = defaults | resumed.get("options", {})
+    options = RECIPE | {"model": "Model5", "batch_size": default_batch_size(given["device"])}
+    options |= resumed.get("options", {})
     for name, value in options.items():
         if given[name] in (None, value):
             continue
         if resumed and (name != "epochs" or options["lr_scheduler"] != "constant"):
-            option = f"--{name.replace('_', '-')} {given[name]}"
-            remedy = f"leave it out, or start a new run with --init-from {start}"
-            raise ScriptError(f"{option} contradicts {start}, whose run has {value}; {remedy}")
+            raise ScriptError(
+                f"--{name.replace('_', '-')} {given[name]} contradicts {start}, whose run has "
+                f"{value}; leave it out, or start a new run with --init-from {start}"
+            )
         options[name] = given[name]
     return Namespace(**options)
 
