@@ -11,33 +11,33 @@ The first command's output on 2 CPU cores with torch 2.15.0:
         1       0.3930    89.66 %       0.0931    97.17 %    97.17 %      16.7
        20       0.0253    99.21 %       0.0259    99.16 %    99.21 %      15.9
 
-The recipe, which every checkpoint stores:
+The recipe, which is stored in every checkpoint:
 
-    --model NAME           class in models.py, in upper or lower case (default: Model5)
-    --epochs N             passes over the training set (default: 20)
-    --batch-size N         images in a training step (default: 128 on a GPU, 64 on a CPU)
-    --lr RATE              learning rate of SGD (default: 0.01)
-    --lr-scheduler NAME    constant, or onecyclelr: up to RATE, then down to 0 (default: constant)
-    --momentum FACTOR      momentum of SGD (default: 0.9)
-    --weight-decay FACTOR  weight decay of SGD (default: 0.0)
-    --augment              rotate, shear, scale and shift the training images at random
-    --amp                  train in bfloat16 where that suffices; tests use float32
-    --val-size N           training images set aside for validation (default: 0)
-    --init-from FILE       checkpoint whose weights a new run starts with (default: none)
-    --seed N               seed of weights, shuffling, dropout, augmentation (default: 1)
+    --model NAME             class in models.py, in upper or lower case (default: Model5)
+    --epochs N               passes over the training set (default: 20)
+    --batch-size N           images in a training step (default: 128 on a GPU, 64 on a CPU)
+    --lr RATE                learning rate of SGD (default: 0.01)
+    --lr-scheduler NAME      constant, or onecyclelr: up to RATE, then down to 0 (default: constant)
+    --momentum FACTOR        momentum of SGD (default: 0.9)
+    --weight-decay FACTOR    weight decay of SGD (default: 0.0)
+    --augment                rotate, shear, scale and shift the training images at random
+    --amp                    train in bfloat16 where that suffices; tests use float32
+    --val-size N             training images set aside for validation (default: 0)
+    --init-from FILE         checkpoint whose weights a new run starts with (default: none)
+    --seed N                 seed of weights, shuffling, dropout, augmentation (default: 1)
 
-What decides no result, or changes only where it is computed:
+How and where it runs:
 
-    --resume [FILE]        go on from FILE, or from the newest checkpoint in --checkpoint-dir
-    --device NAME          cpu, cuda, mps, xpu, or auto: a GPU if there is one (default: auto)
-    --deterministic        let a GPU, too, give the same result every time
-    --data-dir FOLDER      holds MNIST/raw (default: data)
+    --resume [FILE]          go on from FILE, or from the newest checkpoint in --checkpoint-dir
+    --device NAME            cpu, cuda, mps, xpu, or auto: a GPU if there is one (default: auto)
+    --deterministic          let a GPU, too, give the same result every time
+    --data-dir FOLDER        holds MNIST/raw (default: data)
     --checkpoint-dir FOLDER  where to save (default: model_checkpoints)
-    --test-batch-size N    test images at once (default: 1000)
-    --log-interval N       steps between updates of the progress bar (default: 10)
-    --plot                 draw training_curves.png after every epoch; needs matplotlib
-    --dry-run              send one batch of each set through everything; save nothing
-    -h, --help             print this
+    --test-batch-size N      test images at once (default: 1000)
+    --log-interval N         steps between updates of the progress bar (default: 10)
+    --plot                   draw training_curves.png after every epoch; needs matplotlib
+    --dry-run                send one batch of each set through everything; save nothing
+    -h,                      --help              print this
 """
 
 import math
