@@ -37,7 +37,7 @@ How and where it runs:
     --log-interval N         steps between updates of the progress bar (default: 10)
     --plot                   draw training_curves.png after every epoch; needs matplotlib
     --dry-run                send one batch of each set through everything; save nothing
-    -h,                      --help              print this
+    -h, --help               print this
 """
 
 import math
