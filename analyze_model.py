@@ -220,7 +220,7 @@ def add_up_memory(
     """Return the parts of a training step with SGD and momentum and of inference, and their sum."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters, trainable, buffers = (
-        sum(tensor.nbytes for tensor in tensors)
+        sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         for tensors in (model.parameters(), trained, model.buffers())
     )
     pixels = 4 * batch_size * math.prod(size)
