@@ -174,6 +174,8 @@ def main() -> None:
         folder = args.resume.parent
         if args.checkpoint_dir and args.checkpoint_dir.resolve() != folder.resolve():
             raise ScriptError(f"--checkpoint-dir contradicts {args.resume}; leave it out")
+    if args.resume and not folder.is_dir():
+        raise ScriptError(f"there is no {folder} to resume in; leave out --resume to start anew")
     saved = []
     try:
         with nullcontext() if args.dry_run else checkpoints.hold_folder(folder):

@@ -158,10 +158,15 @@ def test_resume_never_starts_from_scratch(train, folder, tmp_path):
     with raises(ScriptError, match="Leave out --resume") as failure:
         train(folder, "--resume")
     assert all(str(path) in str(failure.value) for path in folder.glob("*.pth"))
-    with raises(ScriptError, match=f"{missing}: there is no checkpoint.*eave out --resume"):
-        train(missing, "--resume")
-    with raises(ScriptError, match=f"^{missing / ONE} is not an intact .*: .*No such file"):
-        train(missing, "--resume", missing / ONE)
+    for start in ([], [missing / ONE]):
+        with raises(ScriptError, match=f"^there is no {missing} to resume in; leave out --resume"):
+            train(missing, "--resume", *start)
+    assert not missing.exists()
+    with raises(ScriptError, match=f"^{folder / 'a.pth'} is not an intact .*: .*No such file"):
+        train(folder, "--resume", folder / "a.pth")
+    tmp_path.joinpath("empty").mkdir()
+    with raises(ScriptError, match=f"^{tmp_path / 'empty'}: there is no checkpoint. Leave out"):
+        train(tmp_path / "empty", "--resume")
     assert contents(folder) == before
 
 
