@@ -20,12 +20,12 @@ import sys
 import textwrap
 import warnings
 import zipfile
-from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from torch.optim import SGD, Optimizer
 
 import pictures
 from models import build_model
@@ -40,7 +40,7 @@ ZIP_FOLDER = 0x10  # marks an entry of a zip file as a folder, whose content tor
 def save_epoch(
     folder: Path,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     history: list[dict],
     options: dict,
     plot: bool,
@@ -111,8 +111,7 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
     try:
         data = path.read_bytes()
         archive = zipfile.ZipFile(io.BytesIO(data))
-        entries = archive.infolist()
-        if archive.testzip() or any(each.external_attr & ZIP_FOLDER for each in entries):
+        if archive.testzip() or any(each.external_attr & ZIP_FOLDER for each in archive.infolist()):
             raise ValueError("it is damaged")
         checkpoint = unpack(data)
         if epoch_in(path) not in (0, checkpoint.get("epoch")):
@@ -121,8 +120,9 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
     except ScriptError:
         raise
     except Exception as error:  # a file that is no checkpoint can fail anywhere
-        reason = describe_error(error)
-        raise ScriptError(f"{path} is not an intact checkpoint: {reason}; name another") from error
+        raise ScriptError(
+            f"{path} is not an intact checkpoint: {describe_error(error)}; name another"
+        ) from error
     return checkpoint
 
 
@@ -147,32 +147,33 @@ def check_content(path: Path, checkpoint: dict, to_resume: bool) -> None:
         needed += ["optimizer_state_dict", "best_epoch", "history", "options"]
     missing = [key for key in needed if key not in checkpoint]
     if missing:
-        cause = "another program or an older version has saved it"
-        raise ScriptError(f"{path} has no {', '.join(missing)}: {cause}; name another")
+        raise ScriptError(
+            f"{path} has no {', '.join(missing)}: "
+            "another program or an older version has saved it; name another"
+        )
 
     name = checkpoint["model_name"]
-    trained = f"{path} was trained with"
     remedy = "restore the class, or give the changed one a new name, or start anew"
     try:
         model = build_model(name)
     except ScriptError as error:
-        raise ChangedModelError(f"{trained} {name}, but {error}; {remedy}") from error
-    change = describe_change(checkpoint.get("architecture", ""), str(model))
+        raise ChangedModelError(f"{path} was trained with {name}, but {error}; {remedy}") from error
+    now = str(model)
+    change = describe_change(checkpoint.get("architecture", now), now)
     try:
         model.load_state_dict(checkpoint["model_state_dict"])
         if to_resume:
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            optimizer = SGD(model.parameters(), lr=0.01)
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     except (RuntimeError, ValueError) as error:
-        reason = change or textwrap.shorten(str(error), 300)
-        raise ChangedModelError(f"{trained} another {name}: {reason}; {remedy}") from error
+        reason = f"another {name}: {change or textwrap.shorten(str(error), 300)}"
+        raise ChangedModelError(f"{path} was trained with {reason}; {remedy}") from error
     if change and to_resume:
         print(f"Warning: {name} has changed since this run was started: {change}", file=sys.stderr)
     tensors = [each for each in model.parameters() if each.requires_grad]  # a mask may be infinite
     if to_resume:
         for parameter, state in optimizer.state.items():
-            momentum = state.get("momentum_buffer")
-            if momentum is not None:
+            for momentum in filter(torch.is_tensor, state.values()):
                 if momentum.shape != parameter.shape:
                     raise ValueError("its optimizer is another model's")
                 tensors.append(momentum)
@@ -181,15 +182,9 @@ def check_content(path: Path, checkpoint: dict, to_resume: bool) -> None:
 
 
 def describe_change(before: str, now: str) -> str:
-    """Return the first layer that differs between two models, given as str(model).
-
-    Returns nothing if none does, or if `before` is empty.
-    """
-    if not before:
-        return ""
-    layer = r"\(.+\): .+"  # its name, type and arguments
-    pairs = zip_longest(re.findall(layer, before), re.findall(layer, now), fillvalue="nothing")
-    for old, new in pairs:
+    """Return the first layer that differs between two models, given as str(model), or ""."""
+    find_layers = re.compile(r"\(.+\): .+").findall  # name, type and arguments of each
+    for old, new in zip_longest(find_layers(before), find_layers(now), fillvalue="nothing"):
         if old != new and "Lazy" not in new:  # a lazy layer changes its name when it is first run
             return f"{old} is now {new}"
     return ""
@@ -248,7 +243,7 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
 
 
 @contextlib.contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
+def hold_folder(folder: Path):
     """Keep other runs out of a folder while this process lives, and clear what a killed one left.
 
     Raises ScriptError if another run is using it.

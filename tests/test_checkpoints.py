@@ -127,7 +127,7 @@ def test_another_programs_file(content, tmp_path):
 
 
 def test_weights_are_loaded_without_an_optimizer(folder, monkeypatch):
-    monkeypatch.setattr(torch.optim, "SGD", None)
+    monkeypatch.setattr("checkpoints.SGD", None)
     assert load_checkpoint(folder / FOUR)["epoch"] == 4
 
 
@@ -322,7 +322,7 @@ def test_what_has_changed():
     change = describe_change(str(two), str(swapped))
     assert re.fullmatch(r".*a.*ReLU\(\) is now .*b.*Tanh\(\)", change)
     assert "b" in describe_change(str(two[:1]), str(two))
-    assert describe_change("", str(two)) == describe_change(str(two), str(two)) == ""
+    assert describe_change(str(two), str(two)) == ""
     known, unknown = nn.Sequential(nn.LazyLinear(3)), nn.Sequential(nn.LazyLinear(3))
     known(torch.ones(1, 2))
     assert describe_change(str(known), str(unknown)) == ""
