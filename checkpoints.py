@@ -286,7 +286,10 @@ def set_aside(folder: Path, after: int = 0) -> None:
 
 
 def make_way(folder: Path, checkpoint: dict, epochs: int) -> None:
-    """Prepare the folder of a checkpoint from which a run goes on until so many epochs."""
+    """Prepare the folder to resume from a checkpoint and train up to that number of epochs.
+
+    Files of later epochs are moved aside; best checkpoint and log are restored if needed.
+    """
     done, best_epoch = checkpoint["epoch"], checkpoint["best_epoch"]
     if done < epochs:
         set_aside(folder, after=done)

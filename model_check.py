@@ -36,11 +36,11 @@ def check_model(
     model.train()
     last = len(images) % batch_size or batch_size  # the last batch of an epoch may be smaller
     for count in (batch_size, batch_size, last):  # twice because a model may keep what it computed
-        run(model, images[:count], labels[:count], amp)
+        try_batch(model, images[:count], labels[:count], amp)
     model.eval()
     images = images[:test_batch_size]
     with torch.no_grad():
-        logits, again, alone = (run(model, batch) for batch in (images, images, images[:1]))
+        logits, again, alone = (try_batch(model, batch) for batch in (images, images, images[:1]))
     sums = logits.sum(1)
     problem = ""
     if logits.min() >= 0 and torch.allclose(sums, torch.ones_like(sums)):
@@ -53,7 +53,7 @@ def check_model(
         print(f"Warning: {name} {problem}", file=sys.stderr)
 
 
-def run(
+def try_batch(
     model: nn.Module, images: Tensor, labels: Tensor | None = None, amp: bool = False
 ) -> Tensor:
     """Return the logits (N, 10) of images (N, 1, 28, 28); with labels (N,), train on them.

@@ -149,10 +149,11 @@ def find_mistakes(logits: Tensor, labels: Tensor) -> tuple[list[int], str]:
     order = losses.argsort(descending=True)
     wrong = predictions != labels
     worst = order[wrong[order]].tolist()
-    accuracy = 100 - 100 * len(worst) / len(labels)
-    text = f"accuracy {accuracy:.2f} %, {len(worst)} of {len(labels):,} wrong\n\n"
-
-    text += "label   as 0   as 1   as 2   as 3   as 4   as 5   as 6   as 7   as 8   as 9  wrong"
+    header = "".join(f"   as {digit}" for digit in range(CLASSES))
+    text = (
+        f"accuracy {100 - 100 * len(worst) / len(labels):.2f} %, "
+        f"{len(worst)} of {len(labels):,} wrong\n\nlabel{header}  wrong"
+    )
     for digit in range(CLASSES):
         counts = predictions[labels == digit].bincount(minlength=CLASSES).tolist()
         cells = "".join(f"{count or '.':>7}" for count in counts)

@@ -213,7 +213,7 @@ def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
     if start:
         saved.append(start)
         if not args.dry_run:
-            checkpoints.make_way(folder, resumed, options.epochs)  # if there are epochs to come
+            checkpoints.make_way(folder, resumed, options.epochs)
     if done >= options.epochs:
         print(f"{start} has finished epoch {done}: nothing left to do; --epochs may be larger")
         return
