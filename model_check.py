@@ -27,7 +27,10 @@ def check_model(
     it suffices. Raises ScriptError if the model cannot be trained; warns if it would learn badly.
     """
     model = build_model(name).to(images.device)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ScriptError(f"{name} builds another network each time: fix its sizes") from error
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ScriptError(
             f"{name} has no parameters to train: fix it, with nn.ModuleList for lists"
@@ -45,6 +48,8 @@ def check_model(
     problem = ""
     if logits.min() >= 0 and torch.allclose(sums, torch.ones_like(sums)):
         problem = "returns probabilities, but the loss applies softmax itself: leave it out"
+    elif len(logits) > 1 and logits.equal(logits[:1].expand_as(logits)):
+        problem = "returns the same logits for all images: use the image in forward"
     elif not logits.equal(again):
         problem = "is random in evaluation, too: F.dropout needs training=self.training"
     elif not torch.allclose(logits[:1].softmax(1), alone.softmax(1), atol=1e-3):

@@ -1,0 +1,238 @@
+"""What each layer of a model costs in a training step, and how a run of a model is watched."""
+
+import copy
+import dataclasses
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from model_check import is_out_of_memory
+from utils import describe_error
+
+try:
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+except ImportError:  # before torch 2.1
+    FlopCounterMode = None
+
+
+@dataclasses.dataclass
+class Layer:
+    """A line of the report: a call of a block or layer, or of a function outside any layer."""
+
+    name: str
+    depth: int
+    type: str
+    is_block: bool = False
+    output_shape: tuple[int, ...] | None = None  # of one image
+    missing: str = "failed"  # why there is no output
+    weight: int = 0
+    bias: int = 0
+    parameters: int = 0
+    share: float = 0.0  # per cent of the model's parameters
+    buffers: int = 0
+    macs: int | None = 0  # per image; None if torch does not count them
+    kept: int = 0  # bytes, for the batch
+
+    # Height and width, if it changes them
+    fields: list[dict] = dataclasses.field(default_factory=list)
+    unknown: str | None = None  # why the receptive field is not known
+    is_merged: bool = False  # whether another line tells of it
+
+    @property
+    def label(self) -> str:
+        """The name, indented."""
+        return "  " * self.depth + self.name
+
+    @property
+    def output(self) -> str:
+        """The output's shape as 8x26x26, or why there is none."""
+        return self.missing if self.output_shape is None else "x".join(map(str, self.output_shape))
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Tell whether a module is a leaf module of torch.nn, or its attention.
+
+    The functions that it calls then have no lines of their own.
+    """
+    is_leaf = isinstance(module, nn.MultiheadAttention) or not list(module.children())
+    return is_leaf and type(module).__module__.startswith("torch.nn.")
+
+
+def map_tensors(function: Callable[[Tensor], object], value: object) -> object:
+    """Return a copy of a value with function(tensor) in place of each tensor.
+
+    Tensors are looked for in lists, tuples, dicts and dataclasses.
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = copy.copy(value)
+        vars(value).update(map_tensors(function, vars(value)))
+    return value
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """Return the tensors that `map_tensors` finds, each once."""
+    found = {}
+    map_tensors(lambda tensor: found.setdefault(id(tensor), tensor), value)
+    return list(found.values())
+
+
+def address(tensor: Tensor) -> int:
+    """Return where a tensor's memory begins."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a copy that shares what cannot be copied.
+
+    These are Python modules, and tensors left over from a computation.
+    """
+    values = [value for module in model.modules() for value in vars(module).values()]
+    shared = [value for value in values if isinstance(value, types.ModuleType)]
+    shared += [tensor for tensor in tensors_in(values) if not tensor.is_leaf]
+    return copy.deepcopy(model, {id(value): value for value in shared})
+
+
+@contextmanager
+def hooks(model: nn.Module, enter: Callable, leave: Callable) -> Iterator[None]:
+    """Call enter(name, module, args, kwargs) before each module and leave(..., output) after it."""
+    # Through nn.Module because scripted modules offer no hooks
+    add_before = nn.Module.register_forward_pre_hook
+    add_after = nn.Module.register_forward_hook
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.enter_context(add_before(module, partial(enter, name), with_kwargs=True))
+            stack.enter_context(add_after(module, partial(leave, name), with_kwargs=True))
+        yield
+
+
+class Run(TorchFunctionMode):
+    """A run of a model on images (N, 1, H, W), with a `Layer` for each call of a module."""
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        super().__init__()
+        self.images = images
+        self.layers: list[Layer] = []
+        self.running: list[Layer] = []
+        self.failure = None
+        try:
+            self.run(model)
+        except Exception as error:  # whatever a user's forward raises
+            if is_out_of_memory(error):
+                raise
+            name = [type(model).__name__, *(layer.name for layer in self.running)][-1]
+            height, width = images.shape[2:]
+            mode = "" if model.training else "in evaluation mode, "
+            fails = f"{name} fails on images of {height}x{width}"
+            self.failure = f"{mode}{fails}: {describe_error(error)}"
+
+    def run(self, model: nn.Module) -> object:
+        """Return the model's output."""
+        with hooks(model, self.enter, self.leave), self:
+            return model(self.images)
+
+    def enter(self, name, module, args, kwargs):
+        """Note that a module starts to run."""
+        class_name = type(module).__name__
+        layer = Layer(name or class_name, len(self.running), class_name, not is_layer(module))
+        self.layers.append(layer)
+        self.running.append(layer)
+
+    def leave(self, name, module, args, kwargs, output):
+        """Note what a module returns."""
+        self.running.pop().output_shape = self.shape_of(output)
+
+    def shape_of(self, output: object) -> tuple[int, ...]:
+        """Return the shape of one image in the first tensor of an output."""
+        sizes = [*tensors_in(output)[0].shape] if tensors_in(output) else []
+        if len(self.images) in sizes:
+            sizes.remove(len(self.images))  # wherever the batch axis lies
+            return tuple(sizes)
+        return tuple(sizes[1:])
+
+
+class CostRun(Run):
+    """A forward and a backward pass in training mode.
+
+    A call's operations and bytes are those of the functions outside the modules in it.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        self.at_work = 0  # bytes: input and output of the largest call of a function
+        self.used = set()  # the ids of the tensors that functions are given
+        self.flops = 0
+        self.counter = nullcontext()
+        if FlopCounterMode:
+            self.counter = FlopCounterMode(display=False, custom_mapping=attention())
+
+        # Tensors kept alive, so that no address is used twice
+        self.held = [images, *nn.Module.parameters(model), *model.buffers()]
+        self.given = {address(tensor) for tensor in self.held}
+        self.seen = set(self.given)
+        super().__init__(model, images)
+
+    def run(self, model: nn.Module) -> None:
+        """Run forward to measure; again, because these hooks hide errors, to run backward."""
+        with saved_tensors_hooks(self.keep, lambda tensor: tensor), self.counter:
+            super().run(model)
+        self.held.clear()
+        outputs = [tensor for tensor in tensors_in(model(self.images)) if tensor.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+    def enter(self, *args):
+        """Note that a module starts to run."""
+        self.count()
+        super().enter(*args)
+
+    def leave(self, name, module, args, kwargs, output):
+        """Note what a module did."""
+        self.count()
+        layer = self.running[-1]
+        is_unknown = isinstance(module, nn.RNNBase | nn.Bilinear) and not layer.macs
+        if is_unknown or not FlopCounterMode:
+            layer.macs = None
+        super().leave(name, module, args, kwargs, output)
+
+    def count(self) -> None:
+        """Add the operations since the last time to the module that runs."""
+        flops = self.counter.get_total_flops() if FlopCounterMode else 0
+        if self.running:
+            self.running[-1].macs += (flops - self.flops) // 2 // len(self.images)
+        self.flops = flops
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd keeps, for the first of the calls that keep its memory."""
+        if tensor.dim() and address(tensor) not in self.seen:
+            self.running[-1].kept += tensor.untyped_storage().nbytes()
+            self.seen.add(address(tensor))
+            self.held.append(tensor)
+        return tensor
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Make a call of a function, and note how much it needs."""
+        output = func(*args, **kwargs or {})
+        given = tensors_in((args, kwargs))
+        self.used.update(map(id, given))
+        storages = [tensor.untyped_storage() for tensor in [*given, *tensors_in(output)]]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        work = sum(size for at, size in sizes.items() if at not in self.given)
+        self.at_work = max(self.at_work, work)
+        return output
+
+
+def attention() -> dict:
+    """Return the formula for attention on a CPU, which torch's counter lacks."""
+    operation = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    return {operation: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)} if operation else {}

@@ -1,0 +1,739 @@
+"""Receptive fields: what the units of a feature map see of the image.
+
+`FieldRun` runs a model on noise and follows every call in it. Before it is made, a call is
+replayed: in each image, one row or one column of the map that goes in is NaN, and what turns NaN
+depends on it. `find_map` looks for a map in the result and for the window (kernel size, stride,
+padding, dilation) that explains which rows and columns depend on which. The recurrences then give
+jump, receptive field and accumulated padding. If no window explains a call, the result is unknown,
+and so is what is made of it.
+
+The recurrences and their terms are those of Araujo, Norris, Sim, "Computing Receptive Fields of
+Convolutional Neural Networks", Distill 2019.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from analysis.layer_costs import Layer, Run, address, copy_model, hooks, map_tensors, tensors_in
+from utils import describe_error
+
+Window = tuple[int, int, int, int]  # kernel size, stride, padding, dilation along one axis
+Size = tuple[int, int]  # rows and columns
+
+NO_WINDOW = "no window explains which rows and columns it reads"
+FOLLOWS = "what comes in is not known"
+CHANGED = "it was changed through another tensor that shares its memory"
+UNSEEN = "it comes from no call of a torch function that can be seen"
+INDEPENDENT = "what it returns does not depend on the image"
+EVERYTHING = -1  # the number of the replay in which all of an argument is replaced
+ATTEMPTS = 4  # replays of a call with other values
+LARGE = 2**14  # units of a map, of which fewer are probed
+
+
+# The arguments of calls that say their window
+POOLING = "input", "kernel_size", "stride", "padding", "dilation"
+DECLARING = {
+    "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation"),
+    "max_pool2d": POOLING,
+    "avg_pool2d": POOLING[:4],
+}
+
+
+class CannotFollowError(Exception):
+    """Says why no map is known in the result of a call."""
+
+
+# What is known of a tensor
+
+
+class Axis(NamedTuple):
+    """What the units of a map see along its height or width.
+
+    Unit i sees pixels i * j - P to i * j - P + r - 1 of the image, without those outside.
+    """
+
+    n: int  # size: the number of units
+    j: int  # jump: pixels from one unit to the next; 0 if all see the same
+    r: int  # receptive field of a unit, in pixels
+    P: int  # accumulated padding: pixels by which the first unit's field passes the image's edge
+    seen: Tensor  # (n, image size) bool: the pixels, without padding and the gaps of dilation
+
+    # The call that made it: its window, None if branches meet, and the axis before it
+    window: Window | None = None
+    before: "Axis | None" = None
+
+
+class Place(NamedTuple):
+    """Where a map lies in a tensor whose images have been moved to the first axis."""
+
+    row: int  # the axis of the rows; -3 if there is but one row
+    column: int  # -2 if there is but one column
+
+    # An axis that is split first: from this index on, into axes of these sizes
+    split: tuple[int, int, tuple[int, ...]] | None = None
+
+    batch: int = 0  # the axis of the images before it was moved
+
+
+class FeatureMap(NamedTuple):
+    """A map in a tensor: where it lies there, and what its units see along height and width."""
+
+    place: Place
+    axes: tuple[Axis, Axis]
+
+    @property
+    def size(self) -> Size:
+        """Rows and columns."""
+        return tuple(axis.n for axis in self.axes)
+
+
+class Content(NamedTuple):
+    """What a tensor holds of the images: a map, or something unknown, or else nothing."""
+
+    map: FeatureMap | None = None
+    unknown: str | None = None  # why no map is known
+
+
+NOTHING = Content()
+
+
+def image_map(size: Size) -> FeatureMap:
+    """Return the map of images (N, 1, *size), where each unit is a pixel and sees itself."""
+    height, width = (Axis(n, 1, 1, 0, torch.eye(n) > 0) for n in size)
+    return FeatureMap(Place(2, 3), (height, width))
+
+
+# The recurrences
+
+
+def apply_window(axis: Axis, window: Window, n: int) -> Axis:
+    """Return what the units see after a window that stops at n places."""
+    k, s, p, d = window
+    r = axis.r + d * (k - 1) * axis.j
+    reads = reads_of(window, n, axis.n)
+    seen = (reads.float() @ axis.seen.float()) > 0
+    return Axis(n, axis.j * s, r, axis.P + p * axis.j, seen, window, axis)
+
+
+def merge_branches(before: list[Axis], after: list[Axis]) -> Axis:
+    """Join branches, given before and after the call that joins them.
+
+    A unit sees what it sees in any of them. Raises CannotFollowError.
+    """
+    first = after[0]
+    by_branch = torch.stack([axis.seen for axis in after])
+    if all(axis[:4] == first[:4] for axis in after) and (by_branch == first.seen).all():
+        return first
+
+    if not by_branch.any(2).all(0).any():
+        raise CannotFollowError("it puts maps side by side")
+
+    seen = by_branch.any(0)
+    jumps = sorted({axis.j for axis in after})
+    if len(jumps) > 1 and not (seen == seen[0]).all():
+        raise CannotFollowError(f"branches with jumps {' and '.join(map(str, jumps))} meet")
+
+    j = jumps[0] if len(jumps) == 1 else 0
+    padding = max(axis.P for axis in after)
+    end = max(axis.r - axis.P + (axis.n - 1) * (axis.j - j) for axis in after)
+    largest = max(before, key=lambda axis: axis[:2])
+    largest = largest._replace(r=max(axis.r for axis in before), P=max(axis.P for axis in before))
+    return Axis(first.n, j, end + padding, padding, seen, None, largest)
+
+
+# Windows
+
+
+def reads_of(window: Window, n_out: int, n_in: int) -> Tensor:
+    """Return which of n_in units a window reads at each of its n_out places, (n_out, n_in) bool."""
+    k, s, p, d = window
+    starts = s * torch.arange(n_out) - p
+    offset = torch.arange(n_in) - starts[:, None]
+    return (offset >= 0) & (offset <= d * (k - 1)) & (offset % d == 0)
+
+
+def fit_window(reads: Tensor, probed: Tensor, n_in: int) -> Window | None:
+    """Return a window that reads, of the units `probed`, those in `reads` (n_out, len(probed)).
+
+    None if there is no such window.
+    """
+    counts = reads.sum(1)
+    place = int(counts.argmax())  # where the whole window is in the map
+    units = probed[reads[place]]
+    if not len(units):
+        return None
+    d = int(units.diff().min()) if len(units) > 1 else 1
+    k = int(units[-1] - units[0]) // d + 1
+
+    # The stride shows between two whole windows. A single one, as of a running sum, shows none.
+    strides = range(n_in + 1) if (counts == counts[place]).sum() > 1 else []
+    for s in strides if len(reads) > 1 else [k]:
+        window = k, s, place * s - int(units[0]), d
+        if reads_of(window, len(reads), n_in)[:, probed].equal(reads):
+            return window
+    return None
+
+
+def declared_windows(call: "Call") -> list[Window] | None:
+    """Return the windows along height and width that a convolution or a pooling is called with.
+
+    On a small map, only these tell what lies in the padding. None for any other call.
+    """
+    function = getattr(call.func, "__name__", "").lstrip("_").removesuffix("_with_indices")
+    if function not in DECLARING:
+        return None
+    given = dict(zip(DECLARING[function], call.args, strict=False)) | call.kwargs
+    kernel = given.get("kernel_size") or given["weight"].shape[2:]
+    stride = given.get("stride") or given.get("kernel_size", 1)
+    padding, dilation = given.get("padding", 0), given.get("dilation", 1)
+    if isinstance(padding, str):
+        padding = np.subtract(kernel, 1) * dilation // 2 if padding == "same" else 0
+    settings = np.broadcast_arrays(kernel, stride, padding, dilation, [0, 0])
+    return np.stack(settings[:4], axis=1).tolist()
+
+
+# Maps in tensors
+
+
+def as_map(tensor: Tensor, place: Place) -> Tensor:
+    """Return a view (N, rows, columns, the rest) of a tensor."""
+    tensor = tensor.movedim(place.batch, 0)
+    if place.split:
+        axis, start, sizes = place.split
+        tensor = tensor.narrow(axis, start, math.prod(sizes)).unflatten(axis, sizes)
+    return tensor[..., None, None, None].movedim((place.row, place.column), (1, 2))
+
+
+class Dependence(NamedTuple):
+    """What changes in a result with each probed row, then column, of the map that goes in."""
+
+    source: FeatureMap
+    probed: tuple[Tensor, Tensor]  # the rows and the columns
+    changed: Tensor  # (rows and columns probed, *shape of one image's result) bool
+    batch: int  # the result's axis of the images
+
+    def read(self, place: Place) -> list[Tensor] | None:
+        """Return which rows depend on which, (rows, probed), and which columns.
+
+        None if there is no such map.
+        """
+        numbers = as_map(self.changed, place).flatten(3)
+        used = numbers.any(0)
+        found = []
+        for axis, part in enumerate(numbers.split([len(units) for units in self.probed])):
+            part, used = part.transpose(1, 1 + axis), used.transpose(0, axis)
+            by_unit = part.any(3)
+            reads = by_unit.any(2)
+            if not by_unit.equal(reads[:, :, None] & used.any(2).any(0)):
+                return None
+
+            # The numbers of a unit may see different parts of what the unit sees, as after
+            # pixel_unshuffle; but if all units see the same, they must see all of it. Otherwise
+            # the rows or columns of this place are channels.
+            same = reads[:, :1]
+            if (reads == same).all() and not part.equal(same[..., None, None] & used):
+                return None
+            found.append(reads.T)
+        return found
+
+
+def possible_maps(branches: list[Dependence]) -> dict[Place, Size]:
+    """Return where in a result a map may lie, and its size: one like a source's first.
+
+    A map lies along two axes, or one, or in one axis that holds its units row by row, before or
+    after the channels. Numbers beside them that do not depend on the image, as those of a class
+    token, are left out.
+    """
+    live = torch.stack([branch.changed.any(0) for branch in branches]).any(0)[None]
+    axes = range(live.dim() - 1, 0, -1)
+    maps = {}
+    for row in (-3, *axes):
+        for column in (-2, *axes):
+            if row != column:
+                size = [live.shape[axis] if axis > 0 else 1 for axis in (row, column)]
+                maps[Place(row, column)] = tuple(size)
+
+    sizes = {branch.source.size for branch in branches}
+    for axis in axes:
+        alive = live.movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
+        start, n = int(alive[0]), len(alive)
+        if n != alive[-1] - start + 1:
+            continue
+        for h, w in [*sizes, *((h, n // h) for h in range(1, n + 1))]:
+            channels = n // (h * w)
+            if channels * h * w == n:
+                maps[Place(axis + 1, axis + 2, (axis, start, (channels, h, w)))] = h, w
+                maps[Place(axis, axis + 1, (axis, start, (h, w, channels)))] = h, w
+
+    known = {branch.source.place._replace(batch=0) for branch in branches}
+    return dict(sorted(maps.items(), key=lambda item: (item[1] not in sizes, item[0] not in known)))
+
+
+def find_map(branches: list[Dependence], declared: list[Window] | None) -> FeatureMap:
+    """Return the map in a result, from its dependence on each argument.
+
+    `declared` holds the windows along height and width. Raises CannotFollowError.
+    """
+    batch = branches[0].batch
+    last_axes = branches[0].changed.dim() - 2, branches[0].changed.dim() - 1
+    explained = []
+    for place, size in possible_maps(branches).items():
+        if declared and place[:2] != last_axes:
+            continue
+        axes = axes_at(place, branches, declared or [None, None])
+        if axes:
+            explained.append(FeatureMap(place._replace(batch=batch), axes))
+        if axes and (size == (1, 1) or any(size == branch.source.size for branch in branches)):
+            return explained[-1]
+
+    if explained:
+        # Of two axes that were one, the wrong one shows a map of units that see further, with gaps
+        return min(explained, key=lambda known: math.prod(axis.r for axis in known.axes))
+    for branch in branches:
+        axes = branch.source.axes
+        if all(axis.seen.all() for axis in axes) and branch.changed.any(0).all():
+            return FeatureMap(Place(-3, -2, batch=batch), tuple(map(as_one_unit, axes)))
+    raise CannotFollowError(NO_WINDOW)
+
+
+def axes_at(place: Place, branches: list[Dependence], declared: list) -> tuple[Axis, Axis] | None:
+    """Return what the units of a map at that place see, or None if there is no such map.
+
+    Raises CannotFollowError.
+    """
+    found = [branch.read(place) for branch in branches]
+    if None in found:
+        return None
+    axes = []
+    for number, window in enumerate(declared):
+        before = [branch.source.axes[number] for branch in branches]
+        after = []
+        for axis, both, branch in zip(before, found, branches, strict=True):
+            reads, probed = both[number], branch.probed[number]
+            n = len(reads)
+            fitting = window or fit_window(reads, probed, axis.n)
+            if not fitting or not reads_of(fitting, n, axis.n)[:, probed].equal(reads):
+                return None
+            is_same = not window and fitting == (1, 1, 0, 1) and n == axis.n
+            after.append(axis if is_same else apply_window(axis, fitting, n))
+        axes.append(merge_branches(before, after))
+    return tuple(axes)
+
+
+def as_one_unit(axis: Axis) -> Axis:
+    """Return what a unit sees that sees what all these units see."""
+    return axis if axis.n == 1 else apply_window(axis, (axis.n, axis.n, 0, 1), 1)
+
+
+# Replays
+
+
+class Call(NamedTuple):
+    """A call to repeat in float64, in which no fast algorithm spreads a NaN."""
+
+    func: Callable
+    args: tuple
+    kwargs: dict
+
+    def replay(self, source: Tensor, other: Tensor, inverted: bool) -> list[Tensor]:
+        """Return the results on copies of the arguments, with `other` in place of `source`.
+
+        Results are what it returns, then the arguments that it changes in place.
+
+        Other boolean arguments, such as masks, are inverted if that is asked for.
+        """
+        copies = []
+
+        def copy_of(tensor: Tensor) -> Tensor:
+            if tensor is source:
+                tensor = other
+            elif inverted and tensor.dtype == torch.bool:
+                tensor = ~tensor
+            dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+            copies.append(tensor.to(dtype, copy=True, memory_format=torch.contiguous_format))
+            return copies[-1]
+
+        args, kwargs = map_tensors(copy_of, (self.args, self.kwargs))
+        state = torch.get_rng_state()
+        output = self.func(*args, **kwargs)
+        torch.set_rng_state(state)
+        return tensors_in([output, changed_in(copies, [0] * len(copies))])
+
+
+def changed_in(given: list[Tensor], versions: list[int]) -> dict[int, Tensor]:
+    """Return the tensors, by their addresses, that a call was given and has changed in place.
+
+    Of tensors that share their memory, which seem to change together, only the first.
+    """
+    changed = {}
+    for tensor, version in zip(given, versions, strict=True):
+        if tensor._version != version:
+            changed.setdefault(address(tensor), tensor)
+    return changed
+
+
+class Probe:
+    """One argument of a call, with something else in one row, or one column, of its map.
+
+    Each image has one probe, but the last has none, to show if images are mixed. Of many rows or
+    columns, only the first, the middle and the last `count` are probed.
+    """
+
+    def __init__(self, call: Call, tensor: Tensor, known: FeatureMap, count: int) -> None:
+        self.call = call
+        self.tensor = tensor
+        self.known = known
+        self.probed = tuple(units_to_probe(n, count) for n in known.size)
+        self.probes = [(axis, unit) for axis in (0, 1) for unit in self.probed[axis].tolist()]
+        self.n = tensor.shape[known.place.batch]
+        self.differs = defaultdict(bool)  # by the numbers of result and replay
+
+    def replay(self, attempt: int) -> bool:
+        """Repeat the call with each probe; tell whether what changes is NaN.
+
+        If NaN does not pass, other values show more; then NaN again, with masks inverted, because
+        a number that is not chosen does not show.
+        """
+        tensor = self.tensor
+        if tensor.is_floating_point():
+            other = tensor.new_tensor([torch.nan, 1e4, -1e4, torch.nan][attempt])
+        elif tensor.dtype == torch.bool:
+            other = ~tensor
+        else:
+            other = tensor.roll(1 + attempt, self.known.place.batch)
+        inverted = attempt == ATTEMPTS - 1
+        plain = self.call.replay(tensor, tensor, inverted)
+        is_nan = True
+        for start in [*range(0, len(self.probes), self.n - 1), EVERYTHING]:
+            hidden = torch.full(tensor.shape, start == EVERYTHING)
+            images = as_map(hidden, self.known.place)
+            for image, probe in enumerate(self.probes[start : start + self.n - 1]):
+                images[image].select(*probe).fill_(True)
+            shown = self.call.replay(tensor, torch.where(hidden, other, tensor), inverted)
+            for index, (result, base) in enumerate(zip(shown, plain, strict=True)):
+                differs = (result != base) & (base == base)
+                self.differs[index, start] |= differs
+                is_nan &= bool((result != result)[differs].all())
+        return is_nan
+
+    def dependence(self, index: int) -> Dependence | str | None:
+        """Return how a result depends on the map, or why that is not known; None if not at all."""
+        parts = {start: part for (number, start), part in self.differs.items() if number == index}
+        if not parts.pop(EVERYTHING).any():
+            return None
+        differs = torch.stack([*parts.values()])
+        reason = "it folds the batch"
+        for axis in range(differs.dim() - 1):
+            if differs.shape[axis + 1] == self.n:
+                probed, control = differs.movedim(axis + 1, 1).split([self.n - 1, 1], 1)
+                changed, unused = probed.flatten(0, 1).tensor_split([len(self.probes)])
+                if changed.any() and not control.any() and not unused.any():
+                    return Dependence(self.known, self.probed, changed, axis)
+                reason = "it mixes the images of a batch"
+        return reason
+
+
+def units_to_probe(n: int, count: int) -> Tensor:
+    """Return all of n rows or columns, or the first, middle and last `count` if there are more."""
+    if n <= 3 * count:
+        return torch.arange(n)
+    starts = 0, (n - count) // 2, n - count
+    return torch.cat([torch.arange(count) + start for start in starts])
+
+
+def follow_call(call: Call, sources: list[tuple[Tensor, FeatureMap]]) -> tuple[list[Content], bool]:
+    """Return what each result of a call holds, from the maps in its arguments.
+
+    Also return whether NaN passes the call.
+    """
+    declared = declared_windows(call)
+    probes = []
+    for tensor, known in sources:
+        if known.place[:2] != (tensor.dim() - 2, tensor.dim() - 1):
+            declared = None
+
+        # A declared window is only compared, and large maps take long: then fewer are probed
+        few, many = (1, 2) if math.prod(known.size) >= LARGE else (4, 10)
+        probes.append(Probe(call, tensor, known, few if declared else many))
+
+    for attempt in range(ATTEMPTS):
+        is_nan = min([probe.replay(attempt) for probe in probes])
+        contents = []
+        for index in sorted({number for number, _ in probes[0].differs}):
+            branches = [probe.dependence(index) for probe in probes]
+            contents.append(find_content([each for each in branches if each], declared))
+        if all(content.map for content in contents):
+            break
+    return contents, is_nan and not attempt
+
+
+def find_content(branches: list[Dependence | str], declared: list[Window] | None) -> Content:
+    """Return what a result holds, from its dependence on each argument that it depends on."""
+    for branch in branches:
+        if isinstance(branch, str):
+            return Content(unknown=branch)
+    try:
+        return Content(find_map(branches, declared)) if branches else NOTHING
+    except CannotFollowError as reason:
+        return Content(unknown=str(reason))
+
+
+# A run of a model
+
+
+class FieldRun(Run):
+    """A run in evaluation mode, in which each call is followed.
+
+    Functions outside torch's layers get a `Layer`, too. Modules are replayed in `twin`, a copy of
+    the model in float64.
+    """
+
+    def __init__(self, model: nn.Module, twin: nn.Module, images: Tensor):
+        self.twin = dict(twin.named_modules())
+        self.returned: list[tuple[str, Content]] = []  # by each module
+        self.nan_passes = True
+        self.given = []  # to each running module; before it, where the layers in it begin
+
+        # Tensors by their ids, kept alive so that no id is used twice: what each holds, and how
+        # often its memory had changed then
+        self.contents: dict[int, tuple[Tensor, Content, int]] = {}
+        self.changes = Counter()
+        for tensor in tensors_in([vars(module) for module in model.modules()]):
+            self.record(tensor, NOTHING)
+        self.record(images, Content(image_map(images.shape[2:])))
+        super().__init__(model, images)
+        for layer in self.layers if self.failure else ():
+            if layer.fields or layer is self.layers[-1]:
+                layer.unknown = self.failure
+                layer.fields.clear()
+
+    def run(self, model: nn.Module) -> None:
+        """Run a model that is not random."""
+        super().run(model)
+        first, *others = (
+            [tensor.nan_to_num() for tensor in tensors_in(model(self.images))] for _ in range(4)
+        )
+        if not all(all(map(Tensor.equal, first, other)) for other in others):
+            raise ValueError("its output differs from run to run")
+
+    def record(self, tensor: Tensor, content: Content) -> None:
+        """Note what a tensor holds."""
+        self.contents[id(tensor)] = tensor, content, self.changes[address(tensor)]
+
+    def content_of(self, tensor: Tensor) -> Content:
+        """Return what a tensor holds of the images."""
+        if id(tensor) not in self.contents:
+            is_batch = len(self.images) in tensor.shape
+            return Content(unknown=UNSEEN) if is_batch else NOTHING
+        _, content, changes = self.contents[id(tensor)]
+        is_current = changes == self.changes[address(tensor)]
+        return content if is_current else Content(unknown=CHANGED)
+
+    def sources_in(self, value: object) -> list[tuple[Tensor, Content]]:
+        """Return the tensors in a value that hold something of the images."""
+        contents = [(tensor, self.content_of(tensor)) for tensor in tensors_in(value)]
+        return [(tensor, content) for tensor, content in contents if any(content)]
+
+    def enter(self, *args):
+        """Note that a module starts to run, and what it is given."""
+        super().enter(*args)
+        self.given.append((len(self.layers), self.sources_in(args[2:])))
+
+    def leave(self, name, module, args, kwargs, output):
+        """Note what a module returns; follow it as a whole if a call in it cannot be followed."""
+        layer = self.running[-1]
+        super().leave(name, module, args, kwargs, output)
+        start, sources = self.given.pop()
+        tensors = tensors_in(output)
+        contents = [self.content_of(tensor) for tensor in tensors] or [NOTHING]
+        if sources and self.running and any(content.unknown for content in contents):
+
+            def run_copy(*args, **kwargs):  # because a module may keep what it is given
+                return copy_model(self.twin[name])(*args, **kwargs)
+
+            whole = self.follow(Call(run_copy, args, kwargs), sources, len(tensors))
+            if whole[0].map:
+                for inner in self.layers[start - 1 :]:
+                    inner.unknown, inner.is_merged = None, inner is not layer
+                    inner.fields.clear()
+                contents = whole
+                self.note(layer, sources, tensors, whole)
+        if contents[0].unknown == UNSEEN:
+            layer.unknown = UNSEEN
+        elif sources and tensors and not any(contents[0]):
+            layer.unknown = INDEPENDENT
+        self.returned.append((layer.name, contents[0]))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Make the call, and follow it if something comes from the images.
+
+        It has a line of its own outside torch's layers.
+        """
+        kwargs = kwargs or {}
+        if not self.running:
+            return func(*args, **kwargs)
+
+        given = tensors_in((args, kwargs))
+        versions = [tensor._version for tensor in given]
+        sources = self.sources_in(given)
+        output = func(*args, **kwargs)
+        changed = changed_in(given, versions)
+        tensors = tensors_in([output, changed])
+        is_truth = tensors and tensors[0].dtype == torch.bool and not tensors[0].dim()
+        if not sources or is_truth:  # as of an assertion
+            for tensor in tensors:
+                self.record(tensor, NOTHING)
+        elif tensors:
+            self.changes.update(changed.keys())
+            layer = self.running[-1]
+            if layer.is_block:
+                layer = self.add_function(func, output)
+            found = self.follow(Call(func, args, kwargs), sources, len(tensors))
+            self.note(layer, sources, tensors, found)
+        return output
+
+    def add_function(self, func: Callable, output: object) -> Layer:
+        """Return a new line for a function that is called outside torch's layers."""
+        block = self.running[-1]
+        function = func.__name__.strip("_").removesuffix("_with_indices")  # relu for relu_, too
+        name = f"{block.name}.{function}()" if block.depth else f"{function}()"
+        shape = self.shape_of(output)
+        self.layers.append(Layer(name, len(self.running), "function", output_shape=shape))
+        return self.layers[-1]
+
+    def follow(
+        self, call: Call, sources: list[tuple[Tensor, Content]], count: int
+    ) -> list[Content]:
+        """Return what the `count` results of a call hold."""
+        reasons = {content.unknown for _, content in sources if content.unknown}
+        running, self.running = self.running, []  # so that replays are not followed
+        try:
+            if reasons:
+                raise CannotFollowError([*(reasons & {CHANGED, UNSEEN}), FOLLOWS][0])
+            found, passes = follow_call(call, [(tensor, known) for tensor, (known, _) in sources])
+            self.nan_passes &= passes
+        except CannotFollowError as reason:
+            found = [Content(unknown=str(reason))] * count
+        except Exception as error:  # whatever a function or a module does not like about a replay
+            found = [Content(unknown=f"it refuses a replay: {describe_error(error)}")] * count
+        self.running = running
+        return found[:count]
+
+    def note(
+        self, layer: Layer, sources: list, tensors: list[Tensor], found: list[Content]
+    ) -> None:
+        """Note what a call returns in its results, and the change to the map in the report's line.
+
+        The line tells of the first result that comes from the images.
+        """
+        for tensor, content in zip(tensors, found, strict=True):
+            self.record(tensor, content)
+        known, unknown = next(filter(any, found), NOTHING)
+        layer.unknown = layer.unknown or unknown
+        if known:
+            before = {id(axis) for _, content in sources for axis in content.map.axes}
+            is_new = [id(axis) not in before for axis in known.axes]
+            height, width = map(table_row, known.axes, is_new)
+            if any(is_new):
+                layer.fields.append({"height": height, "width": width})
+
+
+def table_row(axis: Axis, is_new: bool) -> dict[str, int | None]:
+    """Return one layer along height or width, in the table's terms."""
+    window, before = (axis.window, axis.before) if is_new else ((1, 1, 0, 1), axis)
+    row = dict(zip("kspd", window or [None] * 4, strict=True))
+    for name in "njrP":
+        row[f"{name}_in"] = getattr(before, name)
+        row[f"{name}_out"] = getattr(axis, name)
+    return row
+
+
+# The check of the whole model
+
+
+def check_fields(run: FieldRun) -> str:
+    """Probe the whole model with rows and columns of pixels.
+
+    Return "ok" if the units of all modules' outputs see those pixels that their maps say, "FAILED"
+    if not, or "skipped" if that cannot be done; then what was found.
+    """
+    followed = [(name, content.map) for name, content in run.returned if content.map]
+    if run.failure or not followed:
+        return f"skipped: {run.failure or 'no output of a module is followed'}"
+
+    def run_twin(images: Tensor) -> list[Tensor]:
+        return nan_units(copy_model(run.twin[""]), run.returned, images)
+
+    size = run.images.shape[2:]
+    count = max(1, min(10, LARGE // math.prod(size)))
+    probe = Probe(Call(run_twin, (run.images,), {}), run.images, image_map(size), count)
+    try:
+        probe.replay(0)
+    except Exception as error:  # whatever a user's forward raises in float64
+        return f"skipped: in float64, {describe_error(error)}"
+    wrong = {}
+    for index, (name, known) in enumerate(followed):
+        if not agrees(known, probe.dependence(index), run.nan_passes):
+            wrong[name] = known
+    if wrong:
+        return f"FAILED: wrong at {', '.join(wrong)}"
+    return f"ok: {len(followed)} of {len(run.returned)} modules return what sees the right pixels"
+
+
+def nan_units(
+    model: nn.Module, returned: list[tuple[str, Content]], images: Tensor
+) -> list[Tensor]:
+    """Run a model and return the units (N, rows, columns) of each output that has a map.
+
+    A unit that holds any NaN is NaN, any other 0.
+    """
+    units = []
+    awaited = iter(returned)
+
+    def leave(name, module, args, kwargs, output):
+        _, content = next(awaited)
+        if content.map:
+            is_nan = as_map(tensors_in(output)[0], content.map.place).flatten(3).isnan().any(3)
+            units.append(torch.where(is_nan, torch.nan, 0.0))
+
+    with hooks(model, lambda *_: None, leave):
+        model(images)
+    return units
+
+
+def agrees(known: FeatureMap, seen: Dependence | str | None, nan_passes: bool) -> bool:
+    """Tell whether probed rows and columns of pixels reach only those units that a map says.
+
+    If NaN passes, they must reach all of them.
+    """
+    if not isinstance(seen, Dependence):
+        return not seen and not nan_passes
+    rows, columns = (axis.seen for axis in known.axes)  # (units, pixels)
+    by_row = rows[:, seen.probed[0]].T[:, :, None] & columns.any(1)
+    by_column = columns[:, seen.probed[1]].T[:, None, :] & rows.any(1)[:, None]
+    expected = torch.cat([by_row, by_column])
+    missing = expected & ~seen.changed
+    surplus = seen.changed & ~expected
+    is_right = not surplus.any() and not (nan_passes and missing.any())
+    return is_right and all(map(is_consistent, known.axes))
+
+
+def is_consistent(axis: Axis) -> bool:
+    """Tell whether jump, receptive field and accumulated padding say what the units see.
+
+    No unit sees more. Those that read no padding do not all see less, at either end.
+    """
+    width = axis.seen.shape[1]
+    field, *smaller = (
+        reads_of((r, axis.j, padding, 1), axis.n, width)
+        for r, padding in ((axis.r, axis.P), (axis.r - 1, axis.P), (axis.r - 1, axis.P - 1))
+    )
+    is_whole = field.sum(1) == axis.r
+    is_tight = all((axis.seen & ~each)[is_whole].any() for each in smaller)
+    return not (axis.seen & ~field).any() and (is_tight or not is_whole.any())
