@@ -26,7 +26,6 @@ from utils import describe_error
 Window = tuple[int, int, int, int]  # kernel size, stride, padding, dilation along one axis
 Size = tuple[int, int]  # rows and columns
 
-NO_WINDOW = "no window explains which rows and columns it reads"
 FOLLOWS = "what comes in is not known"
 CHANGED = "it was changed through another tensor that shares its memory"
 UNSEEN = "it comes from no call of a torch function that can be seen"
@@ -217,6 +216,7 @@ class Dependence(NamedTuple):
     probed: tuple[Tensor, Tensor]  # the rows and the columns
     changed: Tensor  # (rows and columns probed, *shape of one image's result) bool
     batch: int  # the result's axis of the images
+    windows: list[Window | None]  # along height and width, if the call declares them
 
     def read(self, place: Place) -> list[Tensor] | None:
         """Return which rows depend on which, (rows, probed), and which columns.
@@ -243,8 +243,8 @@ class Dependence(NamedTuple):
         return found
 
 
-def possible_maps(branches: list[Dependence]) -> dict[Place, Size]:
-    """Return where in a result a map may lie, and its size: one like a source's first.
+def possible_places(branches: list[Dependence]) -> list[Place]:
+    """Return where in a result a map may lie, one like a source's first.
 
     A map lies along two axes, or one, or in one axis that holds its units row by row, before or
     after the channels. Numbers beside them that do not depend on the image, as those of a class
@@ -252,45 +252,41 @@ def possible_maps(branches: list[Dependence]) -> dict[Place, Size]:
     """
     live = torch.stack([branch.changed.any(0) for branch in branches]).any(0)[None]
     axes = range(live.dim() - 1, 0, -1)
-    maps = {}
-    for row in (-3, *axes):
-        for column in (-2, *axes):
-            if row != column:
-                size = [live.shape[axis] if axis > 0 else 1 for axis in (row, column)]
-                maps[Place(row, column)] = tuple(size)
+    if branches[0].windows[0]:
+        return [Place(axes[1], axes[0])]
 
+    places = [Place(row, column) for row in (-3, *axes) for column in (-2, *axes) if row != column]
     sizes = {branch.source.size for branch in branches}
     for axis in axes:
         alive = live.movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
         start, n = int(alive[0]), len(alive)
-        if n != alive[-1] - start + 1:
-            continue
         for h, w in [*sizes, *((h, n // h) for h in range(1, n + 1))]:
             channels = n // (h * w)
-            if channels * h * w == n:
-                maps[Place(axis + 1, axis + 2, (axis, start, (channels, h, w)))] = h, w
-                maps[Place(axis, axis + 1, (axis, start, (h, w, channels)))] = h, w
+            if channels * h * w == n == alive[-1] - start + 1:
+                places.append(Place(axis + 1, axis + 2, (axis, start, (channels, h, w))))
+                places.append(Place(axis, axis + 1, (axis, start, (h, w, channels))))
 
     known = {branch.source.place._replace(batch=0) for branch in branches}
-    return dict(sorted(maps.items(), key=lambda item: (item[1] not in sizes, item[0] not in known)))
+    like_source = [tuple(as_map(live, place).shape[1:3]) in sizes for place in places]
+    order = sorted(
+        zip(like_source, places, strict=True), key=lambda each: (each[0], each[1] in known)
+    )
+    return [place for _, place in reversed(order)]
 
 
-def find_map(branches: list[Dependence], declared: list[Window] | None) -> FeatureMap:
+def find_map(branches: list[Dependence]) -> FeatureMap:
     """Return the map in a result, from its dependence on each argument.
 
-    `declared` holds the windows along height and width. Raises CannotFollowError.
+    Raises CannotFollowError.
     """
-    batch = branches[0].batch
-    last_axes = branches[0].changed.dim() - 2, branches[0].changed.dim() - 1
     explained = []
-    for place, size in possible_maps(branches).items():
-        if declared and place[:2] != last_axes:
-            continue
-        axes = axes_at(place, branches, declared or [None, None])
+    for place in possible_places(branches):
+        axes = axes_at(place, branches)
         if axes:
-            explained.append(FeatureMap(place._replace(batch=batch), axes))
-        if axes and (size == (1, 1) or any(size == branch.source.size for branch in branches)):
-            return explained[-1]
+            known = FeatureMap(place._replace(batch=branches[0].batch), axes)
+            if known.size in {(1, 1), *(branch.source.size for branch in branches)}:
+                return known
+            explained.append(known)
 
     if explained:
         # Of two axes that were one, the wrong one shows a map of units that see further, with gaps
@@ -298,11 +294,15 @@ def find_map(branches: list[Dependence], declared: list[Window] | None) -> Featu
     for branch in branches:
         axes = branch.source.axes
         if all(axis.seen.all() for axis in axes) and branch.changed.any(0).all():
-            return FeatureMap(Place(-3, -2, batch=batch), tuple(map(as_one_unit, axes)))
-    raise CannotFollowError(NO_WINDOW)
+            axes = [
+                axis if axis.n == 1 else apply_window(axis, (axis.n, axis.n, 0, 1), 1)
+                for axis in axes
+            ]
+            return FeatureMap(Place(-3, -2, batch=branch.batch), tuple(axes))
+    raise CannotFollowError("no window explains which rows and columns it reads")
 
 
-def axes_at(place: Place, branches: list[Dependence], declared: list) -> tuple[Axis, Axis] | None:
+def axes_at(place: Place, branches: list[Dependence]) -> tuple[Axis, Axis] | None:
     """Return what the units of a map at that place see, or None if there is no such map.
 
     Raises CannotFollowError.
@@ -311,24 +311,19 @@ def axes_at(place: Place, branches: list[Dependence], declared: list) -> tuple[A
     if None in found:
         return None
     axes = []
-    for number, window in enumerate(declared):
+    for number in (0, 1):
         before = [branch.source.axes[number] for branch in branches]
         after = []
-        for axis, both, branch in zip(before, found, branches, strict=True):
-            reads, probed = both[number], branch.probed[number]
+        for axis, branch, both in zip(before, branches, found, strict=True):
+            reads, probed, declared = both[number], branch.probed[number], branch.windows[number]
+            window = declared or fit_window(reads, probed, axis.n)
             n = len(reads)
-            fitting = window or fit_window(reads, probed, axis.n)
-            if not fitting or not reads_of(fitting, n, axis.n)[:, probed].equal(reads):
+            if not window or not reads_of(window, n, axis.n)[:, probed].equal(reads):
                 return None
-            is_same = not window and fitting == (1, 1, 0, 1) and n == axis.n
-            after.append(axis if is_same else apply_window(axis, fitting, n))
+            is_same = not declared and window == (1, 1, 0, 1) and n == axis.n
+            after.append(axis if is_same else apply_window(axis, window, n))
         axes.append(merge_branches(before, after))
     return tuple(axes)
-
-
-def as_one_unit(axis: Axis) -> Axis:
-    """Return what a unit sees that sees what all these units see."""
-    return axis if axis.n == 1 else apply_window(axis, (axis.n, axis.n, 0, 1), 1)
 
 
 # Replays
@@ -382,16 +377,23 @@ class Probe:
     """One argument of a call, with something else in one row, or one column, of its map.
 
     Each image has one probe, but the last has none, to show if images are mixed. Of many rows or
-    columns, only the first, the middle and the last `count` are probed.
+    columns, only the first, the middle and the last are probed.
     """
 
-    def __init__(self, call: Call, tensor: Tensor, known: FeatureMap, count: int) -> None:
+    def __init__(self, call: Call, tensor: Tensor, known: FeatureMap):
         self.call = call
         self.tensor = tensor
         self.known = known
-        self.probed = tuple(units_to_probe(n, count) for n in known.size)
-        self.probes = [(axis, unit) for axis in (0, 1) for unit in self.probed[axis].tolist()]
         self.n = tensor.shape[known.place.batch]
+        self.windows = [None, None]
+        if known.place[:2] == (tensor.dim() - 2, tensor.dim() - 1):
+            self.windows = declared_windows(call) or self.windows
+
+        # A declared window is only compared, and large maps take long: then fewer are probed
+        few, many = (1, 2) if math.prod(known.size) >= LARGE else (4, 10)
+        count = few if self.windows[0] else many
+        self.probed = [units_to_probe(n, count) for n in known.size]
+        self.probes = [(axis, unit) for axis in (0, 1) for unit in self.probed[axis].tolist()]
         self.differs = defaultdict(bool)  # by the numbers of result and replay
 
     def replay(self, attempt: int) -> bool:
@@ -422,29 +424,31 @@ class Probe:
                 is_nan &= bool((result != result)[differs].all())
         return is_nan
 
-    def dependence(self, index: int) -> Dependence | str | None:
-        """Return how a result depends on the map, or why that is not known; None if not at all."""
+    def dependence(self, index: int) -> Dependence | None:
+        """Return how a result depends on the map; None if not at all.
+
+        Raises CannotFollowError.
+        """
         parts = {start: part for (number, start), part in self.differs.items() if number == index}
         if not parts.pop(EVERYTHING).any():
             return None
-        differs = torch.stack([*parts.values()])
         reason = "it folds the batch"
+        differs = torch.stack([*parts.values()])
         for axis in range(differs.dim() - 1):
             if differs.shape[axis + 1] == self.n:
                 probed, control = differs.movedim(axis + 1, 1).split([self.n - 1, 1], 1)
                 changed, unused = probed.flatten(0, 1).tensor_split([len(self.probes)])
                 if changed.any() and not control.any() and not unused.any():
-                    return Dependence(self.known, self.probed, changed, axis)
+                    return Dependence(self.known, self.probed, changed, axis, self.windows)
                 reason = "it mixes the images of a batch"
-        return reason
+        raise CannotFollowError(reason)
 
 
 def units_to_probe(n: int, count: int) -> Tensor:
     """Return all of n rows or columns, or the first, middle and last `count` if there are more."""
-    if n <= 3 * count:
-        return torch.arange(n)
-    starts = 0, (n - count) // 2, n - count
-    return torch.cat([torch.arange(count) + start for start in starts])
+    units = torch.arange(n)
+    middle = max(0, n - count) // 2
+    return torch.cat([units[:count], units[middle : middle + count], units[-count:]]).unique()
 
 
 def follow_call(call: Call, sources: list[tuple[Tensor, FeatureMap]]) -> tuple[list[Content], bool]:
@@ -452,34 +456,22 @@ def follow_call(call: Call, sources: list[tuple[Tensor, FeatureMap]]) -> tuple[l
 
     Also return whether NaN passes the call.
     """
-    declared = declared_windows(call)
-    probes = []
-    for tensor, known in sources:
-        if known.place[:2] != (tensor.dim() - 2, tensor.dim() - 1):
-            declared = None
-
-        # A declared window is only compared, and large maps take long: then fewer are probed
-        few, many = (1, 2) if math.prod(known.size) >= LARGE else (4, 10)
-        probes.append(Probe(call, tensor, known, few if declared else many))
-
+    probes = [Probe(call, tensor, known) for tensor, known in sources]
     for attempt in range(ATTEMPTS):
         is_nan = min([probe.replay(attempt) for probe in probes])
-        contents = []
-        for index in sorted({number for number, _ in probes[0].differs}):
-            branches = [probe.dependence(index) for probe in probes]
-            contents.append(find_content([each for each in branches if each], declared))
+        results = sorted({index for index, _ in probes[0].differs})
+        contents = [find_content(probes, index) for index in results]
         if all(content.map for content in contents):
             break
     return contents, is_nan and not attempt
 
 
-def find_content(branches: list[Dependence | str], declared: list[Window] | None) -> Content:
-    """Return what a result holds, from its dependence on each argument that it depends on."""
-    for branch in branches:
-        if isinstance(branch, str):
-            return Content(unknown=branch)
+def find_content(probes: list[Probe], index: int) -> Content:
+    """Return what a result holds."""
     try:
-        return Content(find_map(branches, declared)) if branches else NOTHING
+        branches = [probe.dependence(index) for probe in probes]
+        branches = [branch for branch in branches if branch]
+        return Content(find_map(branches)) if branches else NOTHING
     except CannotFollowError as reason:
         return Content(unknown=str(reason))
 
@@ -670,16 +662,15 @@ def check_fields(run: FieldRun) -> str:
     def run_twin(images: Tensor) -> list[Tensor]:
         return nan_units(copy_model(run.twin[""]), run.returned, images)
 
-    size = run.images.shape[2:]
-    count = max(1, min(10, LARGE // math.prod(size)))
-    probe = Probe(Call(run_twin, (run.images,), {}), run.images, image_map(size), count)
+    known = image_map(run.images.shape[2:])
+    probe = Probe(Call(run_twin, (run.images,), {}), run.images, known)
     try:
         probe.replay(0)
     except Exception as error:  # whatever a user's forward raises in float64
         return f"skipped: in float64, {describe_error(error)}"
     wrong = {}
     for index, (name, known) in enumerate(followed):
-        if not agrees(known, probe.dependence(index), run.nan_passes):
+        if not agrees(known, probe, index, run.nan_passes):
             wrong[name] = known
     if wrong:
         return f"FAILED: wrong at {', '.join(wrong)}"
@@ -707,20 +698,21 @@ def nan_units(
     return units
 
 
-def agrees(known: FeatureMap, seen: Dependence | str | None, nan_passes: bool) -> bool:
+def agrees(known: FeatureMap, probe: Probe, index: int, nan_passes: bool) -> bool:
     """Tell whether probed rows and columns of pixels reach only those units that a map says.
 
     If NaN passes, they must reach all of them.
     """
-    if not isinstance(seen, Dependence):
-        return not seen and not nan_passes
+    try:
+        seen = probe.dependence(index)
+    except CannotFollowError:
+        return False
     rows, columns = (axis.seen for axis in known.axes)  # (units, pixels)
-    by_row = rows[:, seen.probed[0]].T[:, :, None] & columns.any(1)
-    by_column = columns[:, seen.probed[1]].T[:, None, :] & rows.any(1)[:, None]
+    by_row = rows[:, probe.probed[0]].T[:, :, None] & columns.any(1)
+    by_column = columns[:, probe.probed[1]].T[:, None, :] & rows.any(1)[:, None]
     expected = torch.cat([by_row, by_column])
-    missing = expected & ~seen.changed
-    surplus = seen.changed & ~expected
-    is_right = not surplus.any() and not (nan_passes and missing.any())
+    changed = seen.changed if seen else torch.zeros_like(expected)
+    is_right = changed.equal(expected) if nan_passes else not (changed & ~expected).any()
     return is_right and all(map(is_consistent, known.axes))
 
 
