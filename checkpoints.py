@@ -101,12 +101,13 @@ def save_log(folder: Path, history: list[dict]) -> None:
     write_file(folder / LOG, text.getvalue().encode())
 
 
-def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
+def load_checkpoint(path: Path, to_resume: bool = False, any_class: bool = False) -> dict:
     """Return a checkpoint with its tensors on the CPU; nothing in the file is executed.
 
     Its weights fit the model of its name and are finite; with `to_resume`, it also holds what a run
     needs to go on. Raises ScriptError if that is not so, or if the file is damaged, and
-    ChangedModelError if it is not so because the class has changed.
+    ChangedModelError if it is not so because the class has changed. With `any_class`, the weights
+    are not looked at.
     """
     try:
         data = path.read_bytes()
@@ -116,7 +117,7 @@ def load_checkpoint(path: Path, to_resume: bool = False) -> dict:
         checkpoint = unpack(data)
         if epoch_in(path) not in (0, checkpoint.get("epoch")):
             raise ValueError(f"it holds epoch {checkpoint.get('epoch')}")
-        check_content(path, checkpoint, to_resume)
+        check_content(path, checkpoint, to_resume, any_class)
     except ScriptError:
         raise
     except Exception as error:  # a file that is no checkpoint can fail anywhere
@@ -140,8 +141,11 @@ class ChangedModelError(ScriptError):
     """A checkpoint does not fit the class that it names, because the class has changed."""
 
 
-def check_content(path: Path, checkpoint: dict, to_resume: bool) -> None:
-    """Raise an exception unless the states fit their class and are finite."""
+def check_content(path: Path, checkpoint: dict, to_resume: bool, any_class: bool) -> None:
+    """Raise an exception unless all parts are there, and the states fit their class and are finite.
+
+    With `any_class`, the states may be anything.
+    """
     needed = ["model_name", "model_state_dict", "epoch"]
     if to_resume:
         needed += ["optimizer_state_dict", "best_epoch", "history", "options"]
@@ -151,6 +155,8 @@ def check_content(path: Path, checkpoint: dict, to_resume: bool) -> None:
             f"{path} has no {', '.join(missing)}: "
             "another program or an older version has saved it; name another"
         )
+    if any_class:
+        return
 
     name = checkpoint["model_name"]
     remedy = "restore the class, or give the changed one a new name, or start anew"
@@ -222,24 +228,24 @@ def best_epoch_in(folder: Path) -> int:
         return 0
 
 
-def find_newest_checkpoint(folder: Path) -> tuple[Path, dict]:
+def find_newest_checkpoint(folder: Path, any_class: bool = False) -> tuple[Path, dict]:
     """Return path and content of the newest intact checkpoint, and say which newer ones are not.
 
-    Raises ScriptError if no checkpoint is intact.
+    With `any_class`, the class may have changed. Raises ScriptError if no checkpoint is intact.
     """
     skipped = ""
     for path in [*epoch_files(folder), *folder.glob(BEST)]:
         try:
-            checkpoint = load_checkpoint(path, to_resume=True)
+            checkpoint = load_checkpoint(path, to_resume=True, any_class=any_class)
         except ChangedModelError:  # the older files do not fit either
             raise
         except ScriptError as error:
             skipped += f"{error}. "
             continue
         if skipped:
-            print(f"Skipping: {skipped}Resuming from {path}", file=sys.stderr)
+            print(f"Skipping: {skipped}Using {path}", file=sys.stderr)
         return path, checkpoint
-    raise ScriptError(f"{folder}: {skipped or 'there is no checkpoint. '}Leave out --resume")
+    raise ScriptError(f"{skipped or f'{folder}: there is no checkpoint. '}Start a new run")
 
 
 @contextlib.contextmanager

@@ -3,8 +3,10 @@
 import importlib.util
 import io
 import math
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +27,6 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
     Raises ScriptError if the file cannot be written.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(f"{title}: loss and error of each epoch")
@@ -40,12 +41,44 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
     left.set_ylabel("loss")
     right.set_ylabel("error, %")
     for axes in left, right:
-        axes.set(xlabel="epoch", yscale="log")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.legend()
+        label_curves(axes)
     save_figure(path, figure)
+
+
+def draw_comparison(path: Path, lines: list[dict]) -> None:
+    """Draw the test error by epoch of each line of compare_runs.py's table, mean and range, as PNG.
+
+    A line has the `history` of each of its `runs`. Raises ScriptError if the file cannot be
+    written.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["turbo"](np.linspace(0.05, 0.95, len(lines))))
+    for line in lines:
+        histories = [run["history"] for run in line["runs"].values()]
+        accuracies = [[row["test_accuracy"] for row in history] for history in histories]
+        errors = 100 - np.array(accuracies)  # (runs, epochs)
+        epochs = range(1, errors.shape[1] + 1)
+        label = textwrap.shorten(", ".join([line["model"], *line["options"]]), 90)
+        axes.plot(epochs, errors.mean(0), marker=".", label=label.replace("$", r"\$"))
+        axes.fill_between(epochs, errors.min(0), errors.max(0), alpha=0.2)
+    axes.set_ylabel("test error, %: mean and range over the seeds")
+    label_curves(axes)
+    save_figure(path, figure)
+
+
+def label_curves(axes: object) -> None:
+    """Give a matplotlib Axes of curves by epoch a logarithmic scale, labels and a legend."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel="epoch", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.legend()
 
 
 def draw_receptive_fields(

@@ -143,7 +143,7 @@ def test_resume_takes_the_newest_intact_file(train, folder, capsys):
     (folder / THREE).write_bytes(b"")
     assert [row[0] for row in rows(train(folder, "--resume"))] == ["3", "4"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"{folder / FOUR} .*{folder / THREE} .*Resuming from {folder / TWO}$", line)
+    assert re.search(f"{folder / FOUR} .*{folder / THREE} .*Using {folder / TWO}$", line)
     assert_same(load_all(folder), expected)
     for path in epoch_files(folder):
         path.unlink()
@@ -155,7 +155,7 @@ def test_resume_never_starts_from_scratch(train, folder, tmp_path):
     for path in folder.glob("*.pth"):
         path.write_bytes(b"not a checkpoint")
     before = contents(folder)
-    with raises(ScriptError, match="Leave out --resume") as failure:
+    with raises(ScriptError, match=r"Start a new run$") as failure:
         train(folder, "--resume")
     assert all(str(path) in str(failure.value) for path in folder.glob("*.pth"))
     for start in ([], [missing / ONE]):
@@ -165,7 +165,9 @@ def test_resume_never_starts_from_scratch(train, folder, tmp_path):
     with raises(ScriptError, match=f"^{folder / 'a.pth'} is not an intact .*: .*No such file"):
         train(folder, "--resume", folder / "a.pth")
     tmp_path.joinpath("empty").mkdir()
-    with raises(ScriptError, match=f"^{tmp_path / 'empty'}: there is no checkpoint. Leave out"):
+    with raises(
+        ScriptError, match=f"^{tmp_path / 'empty'}: there is no checkpoint. Start a new run"
+    ):
         train(tmp_path / "empty", "--resume")
     assert contents(folder) == before
 
