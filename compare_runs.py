@@ -29,11 +29,14 @@ from utils import ScriptError, path_type, printable, run_script
 
 LEGEND = """
 
-last epoch  test accuracy in per cent, mean ± sample standard deviation over the seeds
+runs seeds  number of runs that differ in the seed alone, first and last seed
+epochs      10/20 if a run has finished 10 of 20
+last epoch  test accuracy in per cent, mean ± sample standard deviation over the runs
 validation  the same for held-out images; where every line has it, it sorts and is compared
 best epoch  test accuracy of the epoch that was best, a choice that flatters it
-difference  to the first line ± standard error (Welch): below three standard errors it may be luck,
-            with two or three seeds a line even beyond that"""
+difference  to the first line ± its standard error (Welch); below three standard errors it may be
+            luck, and with only two or three runs a line a larger one, too
+s/epoch     seconds that the last epoch took"""
 
 METRICS = "test_accuracy", "val_accuracy", "best_test_accuracy", "seconds"
 
@@ -78,8 +81,10 @@ def main() -> None:
     for line in lines[1:]:
         line["difference"] = find_difference(line[decisive], lines[0][decisive])
 
-    as_json = json.dumps(lines, indent=2).replace(" NaN", " null")  # which JSON lacks
-    print(as_json if args.json else format_table(lines))
+    if args.json:
+        print(json.dumps(lines, indent=2).replace(" NaN", " null"))  # JSON has no NaN
+    else:
+        print(format_table(lines))
     if args.plot:
         draw_comparison(args.plot, lines)
 
@@ -159,13 +164,13 @@ def format_table(lines: list[dict]) -> str:
             f"{line[key][0]:.2f} ± {line[key][1]:.2f}".replace("nan", "?") if line.get(key) else ""
             for key in ("test_accuracy", "val_accuracy", "best_test_accuracy", "difference")
         )
-        rows.append(
-            f"{line['model']:{width}}  {line['parameters']:10,}  {len(seeds):4}"
-            f"  {ends:5}  {line['epochs']:>6}  {last:12}"
-            f"  {validation:{gap}}{best:12}  {difference:13}  {line['seconds'][0]:7.1f}"
-            f"  {', '.join(line['options'])}"
+        row = (
+            f"{line['model']:{width}}  {line['parameters']:10,}  {len(seeds):4}  {ends:5}"
+            f"  {line['epochs']:>6}  {last:12}  {validation:{gap}}{best:12}  {difference:13}"
+            f"  {line['seconds'][0]:7.1f}  {', '.join(line['options'])}"
         )
-    return "\n".join(map(printable, rows)) + LEGEND
+        rows.append(printable(row.rstrip()))
+    return "\n".join(rows) + LEGEND
 
 
 if __name__ == "__main__":

@@ -1,0 +1,161 @@
+"""The table of runs: which belong together, their statistics, and what is left out."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import ONE, TWO, Bomb, assert_one_line, contents, run
+from pytest import approx, raises
+from torch import nn
+
+import checkpoints
+import compare_runs
+from utils import ScriptError
+
+
+@pytest.fixture
+def add_run(train, accuracies, tmp_path):
+    """Return a function that makes a run with these accuracies in a folder."""
+
+    def add_run(folder, options, *percents):
+        accuracies.extend(percents)
+        train(tmp_path / folder, options)
+
+    return add_run
+
+
+@pytest.fixture
+def three_lines(add_run):
+    """Three runs of one recipe, two of another, one of which was moved aside, and one alone."""
+    add_run("a", "--epochs 2 --seed 2", 95, 84)
+    add_run("a", "--epochs 2 --seed 3", 80, 88)
+    for seed, last in ((1, 90), (10, 92), (2, 94)):
+        add_run(f"b{seed}", f"--epochs 2 --lr 0.2 --augment --seed {seed}", 93, last)
+    add_run("c", "--epochs 1 --model Model2 --momentum 0", 85)
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch, capsys):
+    """Return a function that compares all runs; it returns rows of cells, and lines of errors."""
+
+    def compare(*options):
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["compare_runs.py", str(tmp_path), *options])
+        compare_runs.main()
+        output, errors = capsys.readouterr()
+        rows = [re.split(" {2,}", row) for row in output.split("\n\n")[0].splitlines()]
+        return rows[1:], errors.splitlines()
+
+    return compare
+
+
+def test_table(three_lines, compare):
+    rows, errors = compare()
+    last = [row.pop() for row in rows[:2]]
+    assert last == ["augment, lr 0.2, momentum 0.9", "lr 0.01, momentum 0.9"]
+    # Welch by hand: sqrt(2**2 / 3 + 2.83**2 / 2) = 2.31
+    assert [row[:-1] for row in rows] == [
+        ["Model5", "8,018", "3", "1-10", "2", "92.00 ± 2.00", "93.33 ± 0.58"],
+        ["Model5", "8,018", "2", "2-3", "2", "86.00 ± 2.83", "91.50 ± 4.95", "-6.00 ± 2.31"],
+        ["Model2", "14,796", "1", "1", "1", "85.00 ± ?", "85.00 ± ?", "-7.00 ± ?", "0.0"],
+    ]
+    assert errors == []
+
+
+def test_json(three_lines, tmp_path):
+    before = contents(tmp_path)
+    result = run("compare_runs.py", tmp_path, "--json")
+    assert contents(tmp_path) == before
+    first, second, third = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert first["test_accuracy"] == approx([92, 2, 2 / 3**0.5])
+    assert second["difference"] == approx([-6, (4 / 3 + 8 / 2) ** 0.5])
+    assert third["difference"] == [-7, None]
+    assert first["runs"]["10"]["folder"] == str(tmp_path / "b10")
+
+
+def test_validation_sorts_where_every_line_has_it(add_run, compare):
+    add_run("a", "--epochs 1 --val-size 20", 70, 95)
+    add_run("b", "--epochs 1 --val-size 20 --lr 0.2", 80, 90)
+    rows, _ = compare()
+    cells = ["95.00 ± ?", "70.00 ± ?", "95.00 ± ?", "-10.00 ± ?"]
+    assert rows[1][5:9] == cells
+    add_run("c", "--epochs 1", 93)
+    rows, _ = compare()
+    assert rows[0][5:8] == cells[:3]
+
+
+def test_runs_that_are_not_whole(add_run, compare, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, seed in (("a", 1), ("b", 1), ("c", 3), ("d", 4)):
+        add_run(folder, f"--epochs 2 --seed {seed}", 50, 60)
+    for path in Path("c").glob("*.pth"):
+        torch.save(Bomb(), path)
+    Path("d", TWO).write_bytes(b"")
+    before = contents(tmp_path)
+    rows, (same, not_plain, cut) = compare()
+    assert [row[2:5] for row in rows] == [["1", "1", "2"], ["1", "4", "1/2"]]
+    assert same == f"Skipping {tmp_path}/b: {tmp_path}/a has the same options and seed"
+    assert re.match(f"Skipping {tmp_path}/c: .*more than tensors", not_plain)
+    assert re.match(f"Skipping: {tmp_path}/d/{TWO} .*Using {tmp_path}/d/{ONE}$", cut)
+    assert contents(tmp_path) == before  # nothing was executed
+
+
+class Mine(nn.Sequential):
+    dropout = 0.1
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 10), nn.Dropout(self.dropout))
+
+
+def test_a_class_that_has_changed_or_gone(add_run, compare, monkeypatch):
+    monkeypatch.setattr("models.model_classes", lambda: {"Mine": Mine})
+    add_run("a", "--epochs 1 --model Mine", 50)
+    monkeypatch.setattr(Mine, "dropout", 0.2)
+    add_run("a", "--epochs 1 --model Mine", 60)
+    add_run("b", "--epochs 1", 70)
+    rows, errors = compare()
+    change = "(2): Dropout(p=0.1, inplace=False) is now (2): Dropout(p=0.2, inplace=False)"
+    assert (rows[2][5], rows[2][-1]) == ("50.00 ± ?", f"class changed: {change}")
+    assert errors == []
+    monkeypatch.setattr("models.model_classes", dict)
+    rows, errors = compare()
+    assert (len(rows), len(errors)) == (1, 2)
+    assert "models.py has no model 'Mine'" in errors[0]
+
+
+def test_one_checkpoint_a_run_is_opened(three_lines, compare):
+    with patch("checkpoints.unpack", wraps=checkpoints.unpack) as unpack:
+        compare()
+    assert unpack.call_count == 6
+
+
+def test_plot(three_lines, compare, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    with patch("pictures.save_figure") as save:
+        compare("--plot", "a.png")
+    path, figure = save.call_args.args
+    (axes,) = figure.axes
+    assert (path, axes.get_yscale()) == (Path("a.png"), "log")
+    assert [list(line.get_ydata()) for line in axes.lines] == [[7, 8], [12.5, 14], [15]]
+    assert axes.lines[1].get_label() == "Model5, lr 0.01, momentum 0.9"
+    colors = [tuple(line.get_color()[:3]) for line in axes.lines]
+    bands = axes.collections
+    assert [tuple(band.get_facecolor()[0, :3]) for band in bands] == colors
+    assert len(set(colors)) == 3
+    assert set(bands[1].get_paths()[0].vertices[:, 1]) == {5, 20, 12, 16}
+
+
+def test_without_matplotlib(compare, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("compare_runs.find_runs", None)  # no work is done
+    with raises(ScriptError, match=r"pip install matplotlib$"):
+        compare("--plot", "a.png")
+
+
+@pytest.mark.parametrize("folder", ["missing", ""])
+def test_no_runs(folder, tmp_path):
+    assert_one_line(run("compare_runs.py", tmp_path / folder), str(tmp_path / folder))
