@@ -155,7 +155,7 @@ def format_table(lines: list[dict]) -> str:
     gap = 14 * any(line["val_accuracy"] for line in lines)
     rows = [
         f"{'model':{width}}  parameters  runs  seeds  epochs  last epoch    "
-        f"{'validation':{gap}.{gap}}best epoch    difference     s/epoch  options that differ"
+        f"{'validation':{gap}.{gap}}best epoch    difference    s/epoch  options that differ"
     ]
     for line in lines:
         seeds = line["runs"]
@@ -166,7 +166,7 @@ def format_table(lines: list[dict]) -> str:
         )
         row = (
             f"{line['model']:{width}}  {line['parameters']:10,}  {len(seeds):4}  {ends:5}"
-            f"  {line['epochs']:>6}  {last:12}  {validation:{gap}}{best:12}  {difference:13}"
+            f"  {line['epochs']:>6}  {last:12}  {validation:{gap}}{best:12}  {difference:12}"
             f"  {line['seconds'][0]:7.1f}  {', '.join(line['options'])}"
         )
         rows.append(printable(row.rstrip()))
