@@ -3,9 +3,13 @@
     python compare_runs.py                       # all runs in model_checkpoints and below
     python compare_runs.py --plot compare.png    # draw the test errors, too (needs matplotlib)
 
-Runs that differ in the seed alone are one line of the table:
+Runs that differ in the seed alone are one line of the table, which ends with seconds an epoch and
+the options that differ:
 
-    TODO
+    model   parameters  runs  seeds  epochs  last epoch    best epoch    difference    ...
+    Model5       8,018     1  1          20  99.48 ± ?     99.51 ± ?                   ...
+    Model5       8,018     2  1-2         5  99.26 ± 0.03  99.26 ± 0.03  -0.22 ± ?     ...
+    Model5       8,018     1  1          20  99.19 ± ?     99.20 ± ?     -0.29 ± ?     ...
 
 Options:
 
