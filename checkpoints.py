@@ -172,6 +172,11 @@ def check_content(path: Path, checkpoint: dict, to_resume: bool, any_class: bool
             optimizer = SGD(model.parameters(), lr=0.01)
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     except (RuntimeError, ValueError) as error:
+        key = next(iter(checkpoint["model_state_dict"]), "")
+        if key.startswith(("module.", "_orig_mod.")):
+            raise ScriptError(
+                f"{path} holds {key} and the like: save the model without its wrapper"
+            ) from error
         reason = f"another {name}: {change or textwrap.shorten(str(error), 300)}"
         raise ChangedModelError(f"{path} was trained with {reason}; {remedy}") from error
     if change and to_resume:

@@ -3,13 +3,11 @@
     python compare_runs.py                       # all runs in model_checkpoints and below
     python compare_runs.py --plot compare.png    # draw the test errors, too (needs matplotlib)
 
-Runs that differ in the seed alone are one line of the table, which ends with seconds an epoch and
-the options that differ:
+Runs that differ in the seed alone are one line of the table:
 
-    model   parameters  runs  seeds  epochs  last epoch    best epoch    difference    ...
-    Model5       8,018     1  1          20  99.48 ± ?     99.51 ± ?                   ...
-    Model5       8,018     2  1-2         5  99.26 ± 0.03  99.26 ± 0.03  -0.22 ± ?     ...
-    Model5       8,018     1  1          20  99.19 ± ?     99.20 ± ?     -0.29 ± ?     ...
+    model   parameters  options that differ                    seeds  epochs  last epoch    ...
+    Model5       8,018  augment, lr 0.2, onecyclelr            1          20  99.48 ± ?     ...
+    Model5       8,018  constant, lr 0.01                      1-2        20  99.19 ± 0.02  ...
 
 Options:
 
@@ -22,6 +20,7 @@ Options:
 import json
 import math
 import sys
+import textwrap
 from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 from statistics import mean, stdev
@@ -33,7 +32,7 @@ from utils import ScriptError, path_type, printable, run_script
 
 LEGEND = """
 
-runs seeds  number of runs that differ in the seed alone, first and last seed
+seeds       of the runs, which differ in the seed alone: the first and the last
 epochs      10/20 if a run has finished 10 of 20
 last epoch  test accuracy in per cent, mean ± sample standard deviation over the runs
 validation  the same for held-out images; where every line has it, it sorts and is compared
@@ -158,22 +157,23 @@ def format_table(lines: list[dict]) -> str:
     width = max(5, *(len(line["model"]) for line in lines))
     gap = 14 * any(line["val_accuracy"] for line in lines)
     rows = [
-        f"{'model':{width}}  parameters  runs  seeds  epochs  last epoch    "
-        f"{'validation':{gap}.{gap}}best epoch    difference    s/epoch  options that differ"
+        f"{'model':{width}}  parameters  {'options that differ':43}  seeds  epochs  last epoch    "
+        f"{'validation':{gap}.{gap}}best epoch    difference    s/epoch"
     ]
     for line in lines:
         seeds = line["runs"]
         ends = f"{min(seeds)}-{max(seeds)}".removesuffix(f"-{min(seeds)}")
+        options = textwrap.shorten(", ".join(line["options"]), 43, placeholder=" …")
         last, validation, best, difference = (
             f"{line[key][0]:.2f} ± {line[key][1]:.2f}".replace("nan", "?") if line.get(key) else ""
             for key in ("test_accuracy", "val_accuracy", "best_test_accuracy", "difference")
         )
         row = (
-            f"{line['model']:{width}}  {line['parameters']:10,}  {len(seeds):4}  {ends:5}"
+            f"{line['model']:{width}}  {line['parameters']:10,}  {options:43}  {ends:5}"
             f"  {line['epochs']:>6}  {last:12}  {validation:{gap}}{best:12}  {difference:12}"
-            f"  {line['seconds'][0]:7.1f}  {', '.join(line['options'])}"
+            f"  {line['seconds'][0]:7.1f}"
         )
-        rows.append(printable(row.rstrip()))
+        rows.append(printable(row))
     return "\n".join(rows) + LEGEND
 
 

@@ -126,6 +126,17 @@ def test_another_programs_file(content, tmp_path):
         load_checkpoint(tmp_path / "other.pth")
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_weights_of_a_wrapper(prefix, folder):
+    checkpoint = load_checkpoint(folder / FOUR)
+    weights = checkpoint["model_state_dict"]
+    wrapped = {prefix + name: tensor for name, tensor in weights.items()}
+    torch.save(checkpoint | {"model_state_dict": wrapped}, folder / FOUR)
+    expected = rf" holds {prefix}input_block\.0\.weight and the like: save the model without its"
+    with raises(ScriptError, match=expected):
+        load_checkpoint(folder / FOUR)
+
+
 def test_weights_are_loaded_without_an_optimizer(folder, monkeypatch):
     monkeypatch.setattr("checkpoints.SGD", None)
     assert load_checkpoint(folder / FOUR)["epoch"] == 4

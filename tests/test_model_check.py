@@ -135,6 +135,7 @@ def test_what_bfloat16_does_not_fit(monkeypatch):
 
 WARNED = {
     "probabilities": (lambda layer, x: layer(flat(x)).softmax(1), "returns probabilities"),
+    "the same": (lambda layer, x: layer(0 * flat(x)), "returns the same logits for all images"),
     "dropout": (lambda layer, x: layer(nn.functional.dropout(flat(x))), "is random in evaluation"),
     "mixing": (lambda layer, x: layer(flat(x - x.mean(0))), "mixes the images of a batch"),
 }
@@ -161,6 +162,18 @@ def test_a_sound_model(name, capsys):
     check_model(name, trained.state_dict(), *data, batch_size=4, test_batch_size=6)
     assert all(tensor.equal(before[key]) for key, tensor in trained.state_dict().items())
     assert capsys.readouterr().err == ""
+
+
+def test_a_network_that_is_built_at_random(monkeypatch):
+    widths = iter([20, 30])
+
+    class Own(nn.Sequential):
+        def __init__(self):
+            width = next(widths)
+            super().__init__(nn.Flatten(), nn.Linear(784, width), nn.Linear(width, 10))
+
+    with raises(ScriptError, match="^Own builds another network each time: fix its sizes$"):
+        check(monkeypatch, Own)
 
 
 def test_the_state_is_looked_at():
