@@ -172,7 +172,7 @@ def test_a_network_that_is_built_at_random(monkeypatch):
             width = next(widths)
             super().__init__(nn.Flatten(), nn.Linear(784, width), nn.Linear(width, 10))
 
-    with raises(ScriptError, match="^Own builds another network each time: fix its sizes$"):
+    with raises(ScriptError, match=r"^Own builds another network each time: fix its sizes$"):
         check(monkeypatch, Own)
 
 
