@@ -410,7 +410,7 @@ NOT_FOLLOWED = {
         nn.GRU(28, 8, batch_first=True, bidirectional=True),
     ),
     "folds the batch: patches": Net(lambda x, a: a(x.reshape(-1, 1, 14, 14)), conv()),
-    "folds the batch: last image": Net(lambda x, a: a(x) + x[-1:], conv()),
+    "folds the batch: last image": Net(lambda x, a: a(x) + x.narrow(0, -1, 1), conv()),
     "folds the batch: scalar": Net(lambda x, a: a(x).mean(), conv()),
     "mixes the images: batch statistics": Sequential(nn.BatchNorm2d(1, track_running_stats=False)),
     "mixes the images: rolled batch": Net(lambda x, a: a(x.roll(1, 0)), conv()),
