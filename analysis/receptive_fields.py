@@ -11,9 +11,11 @@ The recurrences and their terms are those of Araujo, Norris, Sim, "Computing Rec
 Convolutional Neural Networks", Distill 2019.
 """
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +32,7 @@ FOLLOWS = "what comes in is not known"
 CHANGED = "it was changed through another tensor that shares its memory"
 UNSEEN = "it comes from no call of a torch function that can be seen"
 INDEPENDENT = "what it returns does not depend on the image"
-EVERYTHING = -1  # the number of the replay in which all of an argument is replaced
+EVERYTHING = -1  # the number of the replay that replaces all of an argument
 ATTEMPTS = 4  # replays of a call with other values
 LARGE = 2**14  # units of a map, of which fewer are probed
 
@@ -117,7 +119,8 @@ def apply_window(axis: Axis, window: Window, n: int) -> Axis:
     r = axis.r + d * (k - 1) * axis.j
     reads = reads_of(window, n, axis.n)
     seen = (reads.float() @ axis.seen.float()) > 0
-    return Axis(n, axis.j * s, r, axis.P + p * axis.j, seen, window, axis)
+    padding = axis.P + p * axis.j
+    return Axis(n, axis.j * s, r, padding, seen, window, axis)
 
 
 def merge_branches(before: list[Axis], after: list[Axis]) -> Axis:
@@ -127,7 +130,8 @@ def merge_branches(before: list[Axis], after: list[Axis]) -> Axis:
     """
     first = after[0]
     by_branch = torch.stack([axis.seen for axis in after])
-    if all(axis[:4] == first[:4] for axis in after) and (by_branch == first.seen).all():
+    has_same_numbers = all(axis[:4] == first[:4] for axis in after)
+    if has_same_numbers and (by_branch == first.seen).all():
         return first
 
     if not by_branch.any(2).all(0).any():
@@ -140,10 +144,11 @@ def merge_branches(before: list[Axis], after: list[Axis]) -> Axis:
 
     j = jumps[0] if len(jumps) == 1 else 0
     padding = max(axis.P for axis in after)
-    end = max(axis.r - axis.P + (axis.n - 1) * (axis.j - j) for axis in after)
+    ends = [axis.r - axis.P + (axis.n - 1) * (axis.j - j) for axis in after]
     largest = max(before, key=lambda axis: axis[:2])
-    largest = largest._replace(r=max(axis.r for axis in before), P=max(axis.P for axis in before))
-    return Axis(first.n, j, end + padding, padding, seen, None, largest)
+    r_in = max(axis.r for axis in before)
+    largest = largest._replace(r=r_in, P=max(axis.P for axis in before))
+    return Axis(first.n, j, max(ends) + padding, padding, seen, None, largest)
 
 
 # Windows
@@ -225,19 +230,24 @@ class Dependence(NamedTuple):
         """
         numbers = as_map(self.changed, place).flatten(3)
         used = numbers.any(0)
+        counts = [len(units) for units in self.probed]
         found = []
-        for axis, part in enumerate(numbers.split([len(units) for units in self.probed])):
-            part, used = part.transpose(1, 1 + axis), used.transpose(0, axis)
+        for axis, part in enumerate(numbers.split(counts)):
+            # The rows first; then the columns in their place
+            part = part.transpose(1, 1 + axis)
+            used = used.transpose(0, axis)
             by_unit = part.any(3)
             reads = by_unit.any(2)
-            if not by_unit.equal(reads[:, :, None] & used.any(2).any(0)):
+            others = used.any(2).any(0)
+            if not by_unit.equal(reads[:, :, None] & others):
                 return None
 
             # The numbers of a unit may see different parts of what the unit sees, as after
             # pixel_unshuffle; but if all units see the same, they must see all of it. Otherwise
             # the rows or columns of this place are channels.
             same = reads[:, :1]
-            if (reads == same).all() and not part.equal(same[..., None, None] & used):
+            all_of_it = same[..., None, None] & used
+            if (reads == same).all() and not part.equal(all_of_it):
                 return None
             found.append(reads.T)
         return found
@@ -255,23 +265,26 @@ def possible_places(branches: list[Dependence]) -> list[Place]:
     if branches[0].windows[0]:
         return [Place(axes[1], axes[0])]
 
-    places = [Place(row, column) for row in (-3, *axes) for column in (-2, *axes) if row != column]
+    pairs = itertools.product((-3, *axes), (-2, *axes))
+    places = [Place(row, column) for row, column in pairs if row != column]
     sizes = {branch.source.size for branch in branches}
     for axis in axes:
-        alive = live.movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
-        start, n = int(alive[0]), len(alive)
-        for h, w in [*sizes, *((h, n // h) for h in range(1, n + 1))]:
+        alive = live.movedim(axis, 0).flatten(1).any(1).nonzero()
+        start, end, n = int(alive[0]), int(alive[-1]), len(alive)
+        factors = [(h, n // h) for h in range(1, n + 1)]
+        for h, w in [*sizes, *factors]:
             channels = n // (h * w)
-            if channels * h * w == n == alive[-1] - start + 1:
-                places.append(Place(axis + 1, axis + 2, (axis, start, (channels, h, w))))
-                places.append(Place(axis, axis + 1, (axis, start, (h, w, channels))))
+            if channels * h * w == n == end - start + 1:
+                before, after = (channels, h, w), (h, w, channels)
+                places.append(Place(axis + 1, axis + 2, (axis, start, before)))
+                places.append(Place(axis, axis + 1, (axis, start, after)))
+
+    def likeness(place: Place) -> tuple[bool, bool]:
+        _, *size = as_map(live, place).shape[:3]
+        return tuple(size) in sizes, place in known
 
     known = {branch.source.place._replace(batch=0) for branch in branches}
-    like_source = [tuple(as_map(live, place).shape[1:3]) in sizes for place in places]
-    order = sorted(
-        zip(like_source, places, strict=True), key=lambda each: (each[0], each[1] in known)
-    )
-    return [place for _, place in reversed(order)]
+    return sorted(places, key=likeness, reverse=True)
 
 
 def find_map(branches: list[Dependence]) -> FeatureMap:
@@ -292,14 +305,18 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
         # Of two axes that were one, the wrong one shows a map of units that see further, with gaps
         return min(explained, key=lambda known: math.prod(axis.r for axis in known.axes))
     for branch in branches:
-        axes = branch.source.axes
-        if all(axis.seen.all() for axis in axes) and branch.changed.any(0).all():
-            axes = [
-                axis if axis.n == 1 else apply_window(axis, (axis.n, axis.n, 0, 1), 1)
-                for axis in axes
-            ]
-            return FeatureMap(Place(-3, -2, batch=branch.batch), tuple(axes))
+        sees_all = all(axis.seen.all() for axis in branch.source.axes)
+        if sees_all and branch.changed.any(0).all():
+            axes = tuple(map(as_one_unit, branch.source.axes))
+            return FeatureMap(Place(-3, -2, batch=branch.batch), axes)
     raise CannotFollowError("no window explains which rows and columns it reads")
+
+
+def as_one_unit(axis: Axis) -> Axis:
+    """Return what a unit sees that sees what all these units see."""
+    if axis.n == 1:
+        return axis
+    return apply_window(axis, (axis.n, axis.n, 0, 1), 1)
 
 
 def axes_at(place: Place, branches: list[Dependence]) -> tuple[Axis, Axis] | None:
@@ -315,10 +332,14 @@ def axes_at(place: Place, branches: list[Dependence]) -> tuple[Axis, Axis] | Non
         before = [branch.source.axes[number] for branch in branches]
         after = []
         for axis, branch, both in zip(before, branches, found, strict=True):
-            reads, probed, declared = both[number], branch.probed[number], branch.windows[number]
+            reads, probed = both[number], branch.probed[number]
+            declared = branch.windows[number]
             window = declared or fit_window(reads, probed, axis.n)
             n = len(reads)
-            if not window or not reads_of(window, n, axis.n)[:, probed].equal(reads):
+            if not window:
+                return None
+            explained = reads_of(window, n, axis.n)[:, probed]
+            if not explained.equal(reads):
                 return None
             is_same = not declared and window == (1, 1, 0, 1) and n == axis.n
             after.append(axis if is_same else apply_window(axis, window, n))
@@ -393,8 +414,11 @@ class Probe:
         few, many = (1, 2) if math.prod(known.size) >= LARGE else (4, 10)
         count = few if self.windows[0] else many
         self.probed = [units_to_probe(n, count) for n in known.size]
-        self.probes = [(axis, unit) for axis in (0, 1) for unit in self.probed[axis].tolist()]
-        self.differs = defaultdict(bool)  # by the numbers of result and replay
+        rows, columns = (units.tolist() for units in self.probed)
+        self.probes = [*((0, row) for row in rows), *((1, column) for column in columns)]
+
+        # By the numbers of result and replay; the last replay replaces all of the argument
+        self.differs = defaultdict(partial(defaultdict, bool))
 
     def replay(self, attempt: int) -> bool:
         """Repeat the call with each probe; tell whether what changes is NaN.
@@ -420,7 +444,7 @@ class Probe:
             shown = self.call.replay(tensor, torch.where(hidden, other, tensor), inverted)
             for index, (result, base) in enumerate(zip(shown, plain, strict=True)):
                 differs = (result != base) & (base == base)
-                self.differs[index, start] |= differs
+                self.differs[index][start] |= differs
                 is_nan &= bool((result != result)[differs].all())
         return is_nan
 
@@ -429,14 +453,15 @@ class Probe:
 
         Raises CannotFollowError.
         """
-        parts = {start: part for (number, start), part in self.differs.items() if number == index}
-        if not parts.pop(EVERYTHING).any():
+        *parts, everything = self.differs[index].values()
+        if not everything.any():
             return None
         reason = "it folds the batch"
-        differs = torch.stack([*parts.values()])
-        for axis in range(differs.dim() - 1):
-            if differs.shape[axis + 1] == self.n:
-                probed, control = differs.movedim(axis + 1, 1).split([self.n - 1, 1], 1)
+        differs = torch.stack(parts)
+        for axis, size in enumerate(everything.shape):
+            if size == self.n:
+                images = differs.movedim(axis + 1, 1)
+                probed, control = images.split([self.n - 1, 1], dim=1)
                 changed, unused = probed.flatten(0, 1).tensor_split([len(self.probes)])
                 if changed.any() and not control.any() and not unused.any():
                     return Dependence(self.known, self.probed, changed, axis, self.windows)
@@ -447,20 +472,20 @@ class Probe:
 def units_to_probe(n: int, count: int) -> Tensor:
     """Return all of n rows or columns, or the first, middle and last `count` if there are more."""
     units = torch.arange(n)
-    middle = max(0, n - count) // 2
-    return torch.cat([units[:count], units[middle : middle + count], units[-count:]]).unique()
+    start = max(0, n - count) // 2
+    middle = units[start : start + count]
+    return torch.cat([units[:count], middle, units[-count:]]).unique()
 
 
-def follow_call(call: Call, sources: list[tuple[Tensor, FeatureMap]]) -> tuple[list[Content], bool]:
-    """Return what each result of a call holds, from the maps in its arguments.
+def follow_call(call: Call, sources: list) -> tuple[list[Content], bool]:
+    """Return what each result of a call holds, from its arguments (tensor, map).
 
     Also return whether NaN passes the call.
     """
     probes = [Probe(call, tensor, known) for tensor, known in sources]
     for attempt in range(ATTEMPTS):
         is_nan = min([probe.replay(attempt) for probe in probes])
-        results = sorted({index for index, _ in probes[0].differs})
-        contents = [find_content(probes, index) for index in results]
+        contents = [find_content(probes, index) for index in probes[0].differs]
         if all(content.map for content in contents):
             break
     return contents, is_nan and not attempt
@@ -506,13 +531,13 @@ class FieldRun(Run):
                 layer.fields.clear()
 
     def run(self, model: nn.Module) -> None:
-        """Run a model that is not random."""
+        """Run the model, and again to see if it is random."""
         super().run(model)
         first, *others = (
             [tensor.nan_to_num() for tensor in tensors_in(model(self.images))] for _ in range(4)
         )
         if not all(all(map(Tensor.equal, first, other)) for other in others):
-            raise ValueError("its output differs from run to run")
+            self.failure = "the model's output differs from run to run"
 
     def record(self, tensor: Tensor, content: Content) -> None:
         """Note what a tensor holds."""
@@ -638,8 +663,10 @@ class FieldRun(Run):
 
 def table_row(axis: Axis, is_new: bool) -> dict[str, int | None]:
     """Return one layer along height or width, in the table's terms."""
-    window, before = (axis.window, axis.before) if is_new else ((1, 1, 0, 1), axis)
-    row = dict(zip("kspd", window or [None] * 4, strict=True))
+    if not is_new:
+        axis = axis._replace(window=(1, 1, 0, 1), before=axis)
+    before = axis.before
+    row = dict(zip("kspd", axis.window or [None] * 4, strict=True))
     for name in "njrP":
         row[f"{name}_in"] = getattr(before, name)
         row[f"{name}_out"] = getattr(axis, name)
@@ -690,7 +717,8 @@ def nan_units(
     def leave(name, module, args, kwargs, output):
         _, content = next(awaited)
         if content.map:
-            is_nan = as_map(tensors_in(output)[0], content.map.place).flatten(3).isnan().any(3)
+            numbers = as_map(tensors_in(output)[0], content.map.place)
+            is_nan = numbers.flatten(3).isnan().any(3)
             units.append(torch.where(is_nan, torch.nan, 0.0))
 
     with hooks(model, lambda *_: None, leave):
@@ -708,12 +736,14 @@ def agrees(known: FeatureMap, probe: Probe, index: int, nan_passes: bool) -> boo
     except CannotFollowError:
         return False
     rows, columns = (axis.seen for axis in known.axes)  # (units, pixels)
-    by_row = rows[:, probe.probed[0]].T[:, :, None] & columns.any(1)
-    by_column = columns[:, probe.probed[1]].T[:, None, :] & rows.any(1)[:, None]
+    probed_rows, probed_columns = probe.probed
+    by_row = rows[:, probed_rows].T[:, :, None] & columns.any(1)
+    by_column = columns[:, probed_columns].T[:, None, :] & rows.any(1)[:, None]
     expected = torch.cat([by_row, by_column])
     changed = seen.changed if seen else torch.zeros_like(expected)
-    is_right = changed.equal(expected) if nan_passes else not (changed & ~expected).any()
-    return is_right and all(map(is_consistent, known.axes))
+    if nan_passes and not changed.equal(expected):
+        return False
+    return not (changed & ~expected).any() and all(map(is_consistent, known.axes))
 
 
 def is_consistent(axis: Axis) -> bool:
@@ -721,11 +751,14 @@ def is_consistent(axis: Axis) -> bool:
 
     No unit sees more. Those that read no padding do not all see less, at either end.
     """
-    width = axis.seen.shape[1]
-    field, *smaller = (
-        reads_of((r, axis.j, padding, 1), axis.n, width)
-        for r, padding in ((axis.r, axis.P), (axis.r - 1, axis.P), (axis.r - 1, axis.P - 1))
-    )
-    is_whole = field.sum(1) == axis.r
-    is_tight = all((axis.seen & ~each)[is_whole].any() for each in smaller)
-    return not (axis.seen & ~field).any() and (is_tight or not is_whole.any())
+    n, j, r, padding, seen, *_ = axis
+    width = seen.shape[1]
+    field = reads_of((r, j, padding, 1), n, width)
+    without_first = reads_of((r - 1, j, padding - 1, 1), n, width)
+    without_last = reads_of((r - 1, j, padding, 1), n, width)
+    if (seen & ~field).any():
+        return False
+    is_whole = field.sum(1) == r
+    sees_first = (seen & ~without_first)[is_whole].any()
+    sees_last = (seen & ~without_last)[is_whole].any()
+    return bool(sees_first and sees_last) or not is_whole.any()
