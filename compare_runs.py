@@ -5,9 +5,9 @@
 
 Runs that differ in the seed alone are one line of the table:
 
-    model   parameters  options that differ                    seeds  epochs  last epoch    ...
-    Model5       8,018  augment, lr 0.2, onecyclelr            1          20  99.48 ± ?     ...
-    Model5       8,018  constant, lr 0.01                      1-2        20  99.19 ± 0.02  ...
+    model     parameters  options that differ                  seeds  epochs  last epoch    ...
+    Model5         8,018  augment, lr 0.2, onecyclelr          1          20  99.48 ± ?     ...
+    Model5         8,018  constant, lr 0.01                    1-2        20  99.19 ± 0.02  ...
 
 Options:
 
@@ -98,13 +98,8 @@ def find_runs(folders: list[Path]) -> list[dict]:
     Says which runs are left out, and why. Raises ScriptError if there is no run.
     """
     lines = {}
-    places = {
-        path.parent
-        for each in folders
-        if each.stat()  # fails for a missing folder, which rglob takes for an empty one
-        for path in each.rglob("*mnist_model*.pth")
-    }
-    for folder in sorted(places):
+    paths = [path for each in folders for path in each.rglob("*mnist_model*.pth")]
+    for folder in sorted({path.parent for path in paths}):
         try:
             add_run(lines, folder)
         except Exception as error:  # a file that is no checkpoint can fail anywhere
@@ -154,22 +149,20 @@ def add_run(lines: dict, folder: Path) -> None:
 
 def format_table(lines: list[dict]) -> str:
     """Return the table and its legend."""
-    width = max(5, *(len(line["model"]) for line in lines))
     gap = 14 * any(line["val_accuracy"] for line in lines)
     rows = [
-        f"{'model':{width}}  parameters  {'options that differ':43}  seeds  epochs  last epoch    "
+        f"{'model':8}  parameters  {'options that differ':43}  seeds  epochs  last epoch    "
         f"{'validation':{gap}.{gap}}best epoch    difference    s/epoch"
     ]
     for line in lines:
-        seeds = line["runs"]
-        ends = f"{min(seeds)}-{max(seeds)}".removesuffix(f"-{min(seeds)}")
         options = textwrap.shorten(", ".join(line["options"]), 43, placeholder=" …")
+        seeds = f"{min(line['runs'])}-{max(line['runs'])}".removesuffix(f"-{min(line['runs'])}")
         last, validation, best, difference = (
             f"{line[key][0]:.2f} ± {line[key][1]:.2f}".replace("nan", "?") if line.get(key) else ""
             for key in ("test_accuracy", "val_accuracy", "best_test_accuracy", "difference")
         )
         row = (
-            f"{line['model']:{width}}  {line['parameters']:10,}  {options:43}  {ends:5}"
+            f"{line['model']:8}  {line['parameters']:10,}  {options:43}  {seeds:5}"
             f"  {line['epochs']:>6}  {last:12}  {validation:{gap}}{best:12}  {difference:12}"
             f"  {line['seconds'][0]:7.1f}"
         )
