@@ -1,19 +1,21 @@
 """Read your own digits with a trained model, or see where it errs on MNIST's test set.
 
-    python predict_digits.py photo.jpg scan.png     # a line for each picture of a digit
+    python predict_digits.py photo.jpg page.png     # a line for each picture
     python predict_digits.py                        # the test set: accuracy and mistakes
     python predict_digits.py --plot mistakes.png    # draw the mistakes, too (needs matplotlib)
     python predict_digits.py --draw                 # a page in your browser to draw digits on
 
-The line of a picture names the two most probable digits, or says why not to trust the first:
+The line of one digit names the two most probable answers. Several digits are read line by line,
+with a question mark behind each that has less than 80 %:
 
-    photo.jpg: 4 (99.0%), then 7 (0.6%)
-    scan.png: unsure: several shapes of similar size; perhaps 7
+    photo.jpg: 7 (100.0%), then 1 (0.0%)
+    page.png: 12345 / 6879? / 88888, least sure 9 (61.3%)
 
 Options:
 
-    FILE ...                pictures of one digit each (default: the test set)
-    --checkpoint FILE       the trained model (default: model_checkpoints/best_mnist_model.pth)
+    FILE ...                pictures of digits (default: the test set)
+    --checkpoint FILE       the trained model (default: model_checkpoints/best_mnist_model.pth
+                            or, before any training, pretrained_model5.pth)
     --test-set              look at the test set, too, with files or --draw
     --draw                  then serve a page to draw digits on, until Ctrl-C
     --port N                the page's port (default: 0, one that is free)
@@ -30,11 +32,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy import ndarray
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from checkpoints import BEST, load_checkpoint
-from digit_images import prepare_digit, read_picture
+from digit_images import find_digits, read_picture
 from draw_digit import serve_page
 from mnist_data import CLASSES, IMAGE_SIDE, load_mnist, normalize
 from models import build_model
@@ -48,6 +51,9 @@ from utils import (
     printable,
     run_script,
 )
+
+PRETRAINED = Path(__file__).with_name("pretrained_model5.pth")
+SURE = 0.8  # a digit of lower probability is doubtful
 
 
 @torch.no_grad()
@@ -67,36 +73,75 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
         raise ScriptError(f"{type(model).__name__} fails on {reason}; fix it") from error
 
 
-def read_digit(model: nn.Module, source: Path | bytes) -> dict:
-    """Return what a model reads in a picture, given by its path or its bytes.
+def read_digits(model: nn.Module, picture: ndarray) -> list[dict]:
+    """Return what a model reads in a picture, which is (H, W, 3), float32 in 0..1.
 
-    That is a dict of plain values: `probabilities`, one for each digit; `image`, 28 rows of 28
-    levels, which is what the model sees; and `message`, a reason to doubt it or "". Raises
-    ScriptError if there is nothing to read.
+    That is a dict of plain values for each digit, line by line: `probabilities`, one for each
+    class; `image`, 28 rows of 28 levels, which is what the model sees; `box`, the digit's left,
+    top, right and bottom as shares of the picture; and `line`, counted from 0. Raises ScriptError
+    if there is nothing to read.
     """
-    pixels, doubt = prepare_digit(read_picture(source))
+    digits = find_digits(picture)
+    images = torch.from_numpy(np.stack([digit.image for digit in digits]))[:, None]
     device = next(model.parameters()).device
-    image = normalize(torch.from_numpy(pixels)[None, None].to(device))
-    probabilities = predict(model, image).softmax(1)[0]
-    return {"probabilities": probabilities.tolist(), "image": pixels.tolist(), "message": doubt}
+    probabilities = predict(model, normalize(images.to(device))).softmax(1)
+    size = np.array(picture.shape)[[1, 0, 1, 0]]
+    return [
+        {
+            "probabilities": shares.tolist(),
+            "image": digit.image.tolist(),
+            "box": (digit.box / size).tolist(),
+            "line": digit.line,
+        }
+        for digit, shares in zip(digits, probabilities, strict=True)
+    ]
+
+
+def summarize(digits: list[dict]) -> tuple[str, str]:
+    """Return what is read, such as "123 / 47?", and a sentence on how sure it is.
+
+    The sentence starts with "unsure" if the network hesitates at half of the digits or more.
+    """
+    text = ""
+    rankings = []
+    for i, digit in enumerate(digits):
+        shares, classes = torch.tensor(digit["probabilities"]).topk(2)
+        first, second = (f"{name} ({p:.1%})" for name, p in zip(classes, shares, strict=True))
+        rankings.append((shares[0], first, second))
+        if i and digit["line"] != digits[i - 1]["line"]:
+            text += " / "
+        text += f"{classes[0]}?" if shares[0] < SURE else f"{classes[0]}"
+
+    _, first, second = min(rankings)
+    doubtful = text.count("?")
+    if 2 * doubtful < len(digits):
+        sureness = f"least sure {first}" if len(digits) > 1 else f"{first}, then {second}"
+    elif len(digits) > 1:
+        sureness = f"unsure: the network hesitates at {doubtful} of {len(digits)} digits: {text}"
+    else:
+        sureness = f"unsure: the network hesitates: {first} or {second}"
+    return text, sureness
 
 
 def main() -> None:
     args = parse_args()
     if args.plot:
         require_matplotlib()
-    model = load_model(args.checkpoint, args.device)
+        if not args.plot.parent.is_dir():
+            raise ScriptError(f"cannot write {args.plot}: its folder is missing; make it first")
+    path = args.checkpoint or find_checkpoint()
+    model = load_model(path, args.device)
     all_read = print_readings(model, args.files, args.save_prepared)
     if args.test_set or args.plot or not (args.files or args.draw):
         images, labels = load_mnist(args.data_dir, train=False, device=args.device)
         logits = predict(model, images)
         worst, text = find_mistakes(logits, labels)
-        title = f"{type(model).__name__} of {args.checkpoint} on the test set: "
+        title = f"{type(model).__name__} of {path} on the test set: "
         print(printable(title) + text)
         if args.plot:
             draw_mistakes(args.plot, images[worst], labels[worst], logits[worst].softmax(1))
     if args.draw:
-        serve_page(lambda picture: read_digit(model, picture), args.port)
+        serve_page(lambda data: read_for_page(model, data), args.port)
     if not all_read:
         sys.exit(1)
 
@@ -111,31 +156,75 @@ def load_model(path: Path, device: torch.device) -> nn.Module:
     return model.eval()
 
 
-def print_readings(model: nn.Module, paths: list[Path], folder: Path | None) -> bool:
-    """Print a line for each picture, and return whether all could be read.
+def find_checkpoint() -> Path:
+    """Return the best checkpoint of the last training or, without one, the pretrained model."""
+    best = Path("model_checkpoints", BEST)
+    path = best if best.exists() else PRETRAINED
+    print(f"Reading with {path}", file=sys.stderr)
+    return path
 
-    The line names the two most probable digits, or a doubt. If there is a folder, what the model
-    sees is saved there.
+
+def read_for_page(model: nn.Module, data: bytes) -> dict:
+    """Return what draw_digit.html shows for a picture file's content."""
+    digits = read_digits(model, read_picture(data))
+    text, sureness = summarize(digits)
+    message = sureness if sureness.startswith("unsure") else ""
+    return {"digits": digits, "text": text, "message": message}
+
+
+def print_readings(model: nn.Module, paths: list[Path], folder: Path | None) -> bool:
+    """Print a line for each picture, and return whether all could be read and saved.
+
+    If there is a folder, what the model sees is saved there.
     """
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    all_read = True
+    all_done = True
     for number, path in enumerate(paths, 1):
         try:
-            reading = read_digit(model, path)
+            picture = read_picture(path)
+            digits = read_digits(model, picture)
+            text, answer = summarize(digits)
+            if answer.startswith("unsure"):
+                answer += "; --save-prepared FOLDER shows what the network saw"
+            elif len(digits) > 1:
+                answer = f"{text}, {answer}"
+            print(printable(f"{path}: {answer}"), flush=True)
             if folder:
-                image = Image.fromarray(np.uint8(reading["image"]))
-                image.save(folder / f"{number}_{path.stem}_28x28.png")
-        except (ScriptError, OSError) as error:  # the next picture may be fine
+                save_prepared(folder, f"{number}_{path.stem}", picture, digits)
+        except ScriptError as error:  # the next picture may be fine
             print(printable(f"predict_digits.py: error: {path}: {error}"), file=sys.stderr)
-            all_read = False
-            continue
-        shares, digits = torch.tensor(reading["probabilities"]).topk(2)
-        answer = f"{digits[0]} ({shares[0]:.1%}), then {digits[1]} ({shares[1]:.1%})"
-        if reading["message"]:
-            answer = f"{reading['message']}; perhaps {digits[0]}"
-        print(printable(f"{path}: {answer}"), flush=True)
-    return all_read
+            all_done = False
+    return all_done
+
+
+def save_prepared(folder: Path, name: str, picture: ndarray, digits: list[dict]) -> None:
+    """Save what the model sees of each digit; of several, also the picture with their boxes.
+
+    Raises ScriptError if a file cannot be written or is there already.
+    """
+    images = {f"{name}_28x28.png": Image.fromarray(np.uint8(digits[0]["image"]))}
+    if len(digits) > 1:
+        images = {f"{name}_boxes.png": draw_boxes(picture, digits)}
+        for i, digit in enumerate(digits, 1):
+            images[f"{name}_{i}_28x28.png"] = Image.fromarray(np.uint8(digit["image"]))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, image in images.items():
+            with (folder / file).open("xb") as stream:  # which follows no link
+                image.save(stream, "PNG")
+    except OSError as error:
+        raise ScriptError(f"cannot save: {error}; name another folder") from error
+
+
+def draw_boxes(picture: ndarray, digits: list[dict]) -> Image.Image:
+    """Return a picture (H, W, 3) in 0..1 with a box and the answer at each digit."""
+    image = Image.fromarray(np.uint8(255 * picture))
+    pen = ImageDraw.Draw(image)
+    for digit in digits:
+        left, top, right, bottom = np.multiply(digit["box"], image.size * 2)
+        answer, _ = summarize([digit])
+        pen.rectangle((left, top, right, bottom), outline="red")
+        pen.text((left, top), answer, "red")
+    return image
 
 
 def find_mistakes(logits: Tensor, labels: Tensor) -> tuple[list[int], str]:
@@ -171,7 +260,7 @@ def parse_args() -> argparse.Namespace:
     parser.format_help = lambda: __doc__
     add = parser.add_argument
     add("files", nargs="*", type=path_type)
-    add("--checkpoint", default=f"model_checkpoints/{BEST}", type=path_type)
+    add("--checkpoint", type=path_type)
     add("--test-set", action="store_true")
     add("--draw", action="store_true")
     add("--port", default=0, type=number_type(int, 0, 65536))
