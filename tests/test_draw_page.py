@@ -132,7 +132,8 @@ def test_answered(port):
     assert send(port, f"GET / {OWN}") == (ROOT / "draw_digit.html").read_bytes()
     assert "no known format" in post(port, b"no picture")["message"]
     answer = post(port, draw_picture())
-    check(answer["image"], answer["probabilities"])
+    assert (answer["text"], answer["message"]) == ("1", "")
+    check(answer["digits"][0]["image"], answer["digits"][0]["probabilities"])
     idle.close()
 
 
