@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FILES, split_options
+from conftest import TINY_FILES, contents, split_options
 from PIL import Image
 from pytest import raises
 from torch import nn
@@ -14,7 +14,8 @@ from torch import nn
 import models
 import predict_digits
 from checkpoints import BEST
-from predict_digits import find_mistakes, read_digit
+from digit_images import Digit, read_picture
+from predict_digits import find_mistakes, read_digits, summarize
 from utils import ScriptError
 
 # As printed for the logits of the test
@@ -82,23 +83,95 @@ def test_the_test_set(predict, best, tmp_path):
     assert (tmp_path / "mistakes.png").exists()
 
 
+def answer(*pairs: tuple, line: int = 0) -> dict:
+    """Return a reading of a digit with these probabilities, given as pairs of class and share."""
+    return {"probabilities": [dict(pairs).get(i, 0.0) for i in range(10)], "line": line}
+
+
+@pytest.mark.parametrize(
+    ("digits", "text", "sureness"),
+    [
+        ([answer((7, 0.9), (1, 0.1))], "7", "7 (90.0%), then 1 (10.0%)"),
+        (
+            [answer((7, 0.54), (1, 0.4))],
+            "7?",
+            "unsure: the network hesitates: 7 (54.0%) or 1 (40.0%)",
+        ),
+        (
+            [answer((4, 0.9)), answer((2, 0.7)), answer((0, 1.0), line=1)],
+            "42? / 0",
+            "least sure 2 (70.0%)",
+        ),
+        (
+            [answer((4, 0.9)), answer((2, 0.7))],
+            "42?",
+            "unsure: the network hesitates at 1 of 2 digits: 42?",
+        ),
+    ],
+)
+def test_lines(digits, text, sureness):
+    assert summarize(digits) == (text, sureness)
+
+
 def test_pictures(predict, tmp_path, monkeypatch):
     data = bytearray(TINY_FILES["t10k-images-idx3-ubyte"])
     pixels = np.frombuffer(data, np.uint8, 784, 16).reshape(28, 28)
     label = TINY_FILES["t10k-labels-idx1-ubyte"][8]
-    answers = {"one.png": (pixels, ""), "two.png": (pixels, "unsure: two")}
-    monkeypatch.setattr(predict_digits, "read_picture", lambda path: path.name)
-    monkeypatch.setattr(predict_digits, "prepare_digit", answers.get)
+    digits = [Digit(pixels, (5, 10, 20, 40), 0), Digit(pixels, (30, 10, 45, 40), 1)]
+    answers = {1: digits[:1], 2: digits}
+    names = tmp_path / "one.png", tmp_path / "two.png"
+    for count, path in enumerate(names, 1):
+        Image.new("L", (50 * count, 50), 255).save(path)
+    monkeypatch.setattr(
+        predict_digits, "find_digits", lambda picture: answers[picture.shape[1] // 50]
+    )
+    monkeypatch.setattr(predict_digits, "SURE", 0)  # of a model that knows little
     seen = tmp_path / "new" / "seen"
-    output, errors = predict(*answers, "--save-prepared", seen)
-    first, second = output.splitlines()
+    output, errors = predict(*names, "--save-prepared", seen)
+    first, second = output.replace(f"{tmp_path}/", "").splitlines()
     assert re.fullmatch(rf"one\.png: {label} \(\d+\.\d%\), then \d \(\d+\.\d%\)", first)
-    assert second == f"two.png: unsure: two; perhaps {label}"
+    assert re.fullmatch(rf"two\.png: {label} / {label}, least sure {label} \(.*%\)", second)
     assert errors == ""
-    for name in ("1_one_28x28.png", "2_two_28x28.png"):
+    for name in ("1_one_28x28.png", "2_two_1_28x28.png", "2_two_2_28x28.png"):
         picture = Image.open(seen / name)
         assert picture.mode == "L"
         assert (np.asarray(picture) == pixels).all()
+    boxes = Image.open(seen / "2_two_boxes.png")
+    assert boxes.getpixel((45, 40)) == (255, 0, 0)
+
+    (seen / "1_one_28x28.png").unlink()
+    victim = tmp_path / "victim"
+    (seen / "1_one_28x28.png").symlink_to(victim)  # neither followed nor replaced
+    before = contents(seen)
+    with raises(SystemExit, match="1"):
+        predict(*names, "--save-prepared", seen)
+    assert contents(seen) == before
+    assert not victim.exists()
+
+
+def test_what_is_there_is_kept(predict, tmp_path, capsys):
+    picture = draw_line(tmp_path / "one.png")
+    predict(picture, "--save-prepared", tmp_path / "seen")
+    for folder in ("seen", "one.png"):  # saved before, and a file
+        with raises(SystemExit, match="1"):
+            predict(picture, "--save-prepared", tmp_path / folder)
+        output, errors = capsys.readouterr()
+        assert output.startswith(f"{picture}: ")  # the answer is printed all the same
+        assert re.fullmatch(r".*: cannot save: .*File exists.*; name another folder\n", errors)
+
+
+def test_default_checkpoint(best, tmp_path, monkeypatch, capsys):
+    picture = draw_line(tmp_path / "one.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["predict_digits.py", "--device", "cpu", str(picture)])
+    predict_digits.main()
+    output, errors = capsys.readouterr()
+    assert output.startswith(f"{picture}: 1 (")
+    assert errors == f"Reading with {predict_digits.PRETRAINED}\n"
+    Path("model_checkpoints").mkdir()
+    (tmp_path / "model_checkpoints" / BEST).write_bytes(best.read_bytes())
+    predict_digits.main()
+    assert capsys.readouterr().err == f"Reading with model_checkpoints/{BEST}\n"
 
 
 def test_own_class(predict, best, tmp_path, monkeypatch):
@@ -113,8 +186,10 @@ def test_own_class(predict, best, tmp_path, monkeypatch):
     checkpoint |= {"model_name": "Own", "model_state_dict": model.state_dict()}
     torch.save(checkpoint | {"architecture": str(model)}, path)
     picture = draw_line(tmp_path / "one.png")
+    monkeypatch.setattr(predict_digits, "SURE", 0)
     output, _ = predict("--checkpoint", path, picture, "--test-set")
-    probabilities = read_digit(model, picture)["probabilities"]
+    (digit,) = read_digits(model, read_picture(picture))
+    probabilities = digit["probabilities"]
     share = max(probabilities)
     assert output.startswith(f"{picture}: {probabilities.index(share)} ({share:.1%}), then ")
     assert f"\nOwn of {path} on the test set: accuracy " in output
@@ -128,7 +203,14 @@ def test_the_page_is_served_last(predict, monkeypatch):
     assert predict("--draw --data-dir none") == ("page on port 0\n", "")
 
 
-def test_a_bad_picture_stops_no_other(predict, tmp_path, capsys):
+def test_plot_in_a_missing_folder(predict, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    with raises(ScriptError, match=r"a/b\.png: its folder is missing; make it"):
+        predict("--plot", tmp_path / "a" / "b.png", "--data-dir", tmp_path)  # told before the data
+
+
+def test_a_bad_picture_stops_no_other(predict, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict_digits, "SURE", 0)
     Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
     long = draw_line(tmp_path / ("a" * 250))  # too long with what --save-prepared adds
     good = draw_line(tmp_path / "good\x1b[2J")
@@ -139,11 +221,12 @@ def test_a_bad_picture_stops_no_other(predict, tmp_path, capsys):
     start = f"predict_digits.py: error: {tmp_path}"
     # A terminal would obey the escape character
     expected = rf"""{start}/empty\.png: no ink in lines.*
-{start}/a{{250}}: .*name too long.*
+{start}/a{{250}}: cannot save: .*name too long.*; name another folder
 {start}/none'\\x1b'\[2J: cannot be read: No such file.*
 """
     assert re.fullmatch(expected, errors)
-    assert re.fullmatch(rf"{tmp_path}/good'\\x1b'\[2J: \d .*\n", output)
+    line = rf"{tmp_path}/.*: \d .*\n"
+    assert re.fullmatch(line + rf"{tmp_path}/good'\\x1b'\[2J: \d .*\n", output)
 
 
 def test_what_cannot_be_used(predict, tmp_path, monkeypatch):
