@@ -1,5 +1,6 @@
 """Pictures of handwritten digits: read from files, and prepared as those of MNIST were."""
 
+import contextlib
 import io
 import math
 import warnings
@@ -50,7 +51,7 @@ class Digit(NamedTuple):
     """A digit found in a picture."""
 
     image: ndarray  # as MNIST has it, (28, 28) uint8
-    box: tuple[int, int, int, int]  # left, top, right and bottom, in pixels of the picture
+    box: ndarray  # left, top, right and bottom, in pixels of the picture
     line: int = 0  # of writing, counted from the top
 
 
@@ -110,44 +111,33 @@ def to_array(image: Image.Image) -> ndarray:
     return on_white if np.ptp(on_white) > 0.1 else on_black
 
 
-def find_digits(picture: ndarray) -> list[Digit]:
+def find_digits(picture: ndarray, left: int = 0, top: int = 0) -> list[Digit]:
     """Return the digits of a picture, line by line, each line from left to right.
 
     `picture` is (H, W, 3), float32 in 0..1, with digits anywhere, darker or lighter than their
-    paper. If there are digits in frames or dark boxes, only those are returned. Raises ScriptError
-    if there is no ink.
+    paper. If there are digits in frames or dark boxes, only those are returned. `left` and `top`
+    are added to the digits' boxes. Raises ScriptError if there is no ink.
     """
     ink = find_ink(picture)
     shapes = find_shapes(ink)
+    corner = np.array([left, top, left, top])
     digits = []
     for shape in filter(Shape.is_frame, shapes):
-        digits += look_inside(picture, shape.box(ink.scale))
+        margin = max(shape.size) // 8
+        x1, y1 = ink.scale * (shape.box[:2] + margin)
+        x2, y2 = ink.scale * (shape.box[2:] - margin)
+        with contextlib.suppress(ScriptError):
+            digits += find_digits(picture[y1:y2, x1:x2], left + x1, top + y1)
     if not digits:
-        for shape in join_shapes(shapes, ink.cells.shape):
-            left, top, right, bottom = shape.box(ink.cell)
+        for shape in join_shapes(shapes, ink.cells.shape[::-1]):
+            x1, y1, x2, y2 = ink.cell * shape.box
             mask = shape.mask().repeat(ink.cell, 0).repeat(ink.cell, 1)
-            image = center_digit(ink.pixels[top:bottom, left:right] * mask)
+            image = center_digit(ink.pixels[y1:y2, x1:x2] * mask)
             if image is not None:
-                digits.append(Digit(image, shape.box(ink.scale)))
+                digits.append(Digit(image, corner + ink.scale * shape.box))
     if not digits:
         raise ScriptError(NO_INK)
     return sort_lines(digits)
-
-
-def look_inside(picture: ndarray, box: tuple[int, int, int, int]) -> list[Digit]:
-    """Return the digits inside a frame or a dark box of a picture (H, W, 3), if there are any."""
-    left, top, right, bottom = box
-    margin = max(right - left, bottom - top) // 8
-    left += margin
-    top += margin
-    try:
-        digits = find_digits(picture[top : bottom - margin, left : right - margin])
-    except ScriptError:
-        return []
-    offset = left, top, left, top
-    return [
-        digit._replace(box=tuple(map(sum, zip(digit.box, offset, strict=True)))) for digit in digits
-    ]
 
 
 class Ink(NamedTuple):
@@ -211,32 +201,32 @@ def subtract_paper(plane: ndarray, cell: int) -> ndarray:
 
 
 class Shape:
-    """Cells that belong together, (N, 2) of row and column, and their bounding box."""
+    """Cells that belong together, (N, 2) of column and row.
+
+    `box` is left, top, right and bottom of what they span, and `size` its width and height.
+    """
 
     def __init__(self, cells: ndarray) -> None:
         self.cells = cells
-        self.top, self.left = cells.min(0).tolist()
-        self.bottom, self.right = (cells.max(0) + 1).tolist()
-        self.height = self.bottom - self.top
-        self.width = self.right - self.left
-
-    def box(self, scale: int) -> tuple[int, int, int, int]:
-        """Return left, top, right and bottom in pixels, of which `scale` are a cell's side."""
-        return self.left * scale, self.top * scale, self.right * scale, self.bottom * scale
+        self.box = np.concatenate([cells.min(0), cells.max(0) + 1])
+        self.size = self.box[2:] - self.box[:2]
 
     def mask(self) -> ndarray:
         """Return which cells of the box are the shape's, (height, width)."""
-        mask = np.zeros((self.height, self.width), bool)
-        rows, columns = (self.cells - (self.top, self.left)).T
-        mask[rows, columns] = True
-        return mask
+        mask = np.zeros(self.size, bool)
+        mask[tuple((self.cells - self.box[:2]).T)] = True
+        return mask.T
 
     def is_frame(self) -> bool:
         """Return whether it lines all four sides of a box that is no upright or flat stroke."""
-        shorter, longer = sorted((self.height, self.width))
-        depth = 1 + longer // 10
-        sides = [side[:depth].any(0).mean() for side in map(np.rot90, [self.mask()] * 4, range(4))]
-        return shorter > max(16, longer / 2) and min(sides) > 0.9
+        turned = [np.rot90(self.mask(), i) for i in range(4)]
+        depth = 1 + max(self.size) // 10
+        lined = min(side[:depth].any(0).mean() for side in turned)
+        return lined > 0.9 and min(self.size) > max(16, max(self.size) / 2)
+
+    def is_at_edge(self, size: tuple[int, int]) -> bool:
+        """Return whether it touches the edge of a picture of that width and height, in cells."""
+        return not self.box[:2].all() or any(self.box[2:] == size)
 
 
 def find_shapes(ink: Ink) -> list[Shape]:
@@ -260,48 +250,53 @@ def find_shapes(ink: Ink) -> list[Shape]:
                         if unseen[cell + step]:
                             unseen[cell + step] = False
                             found.append(cell + step)
-                rows_and_columns = np.divmod(found, row)
-                shapes.append(Shape(np.stack(rows_and_columns, 1) - 1))
-        if not any(is_at_edge(shape, ink.cells.shape) for shape in shapes):
+                rows, columns = np.divmod(found, row)
+                shapes.append(Shape(np.stack([columns - 1, rows - 1], 1)))
+        if not any(shape.is_at_edge(ink.cells.shape[::-1]) for shape in shapes):
             break
     return shapes
 
 
-def is_at_edge(shape: Shape, size: tuple[int, int]) -> bool:
-    """Return whether a shape touches the edge of a picture of `size` cells (h, w)."""
-    return min(shape.top, shape.left) == 0 or shape.bottom == size[0] or shape.right == size[1]
-
-
 def join_shapes(shapes: list[Shape], size: tuple[int, int]) -> list[Shape]:
-    """Return a shape for each digit in a picture of `size` cells (h, w).
+    """Return a shape for each digit in a picture of that width and height, in cells.
 
     A digit may consist of several shapes. Specks, rules, and what touches the picture's edge
     beside other shapes are left out.
     """
-    inner = [shape for shape in shapes if not is_at_edge(shape, size)]
+    inner = [shape for shape in shapes if not shape.is_at_edge(size)]
     if 10 * sum(len(shape.cells) for shape in inner) < sum(len(shape.cells) for shape in shapes):
         inner = shapes
-    heights = [max(shape.height, shape.width / 2) for shape in inner]
+    heights = [max(shape.size / (2, 1)) for shape in inner]
     typical = np.median(np.repeat(heights, [len(shape.cells) for shape in inner]))
     digits = []
-    for shape in sorted(shapes, key=lambda shape: (shape.height, shape.width), reverse=True):
-        height = shape.height / typical
+    for shape in sorted(shapes, key=lambda shape: shape.size[1], reverse=True):
+        width, height = shape.size / typical
         if height > LARGEST_DIGIT or not (shape in inner or 2 / 3 < height < 3 / 2):
             continue
-        is_large = max(height, shape.width / typical / 1.6) >= SMALLEST_DIGIT
-        near = []
-        for index, digit in enumerate(digits):
-            rows = max(shape.top, digit.top) - min(shape.bottom, digit.bottom)
-            columns = max(shape.left, digit.left) - min(shape.right, digit.right)
-            overlap = min(shape.width, digit.width) / 2 if is_large else 0
-            if rows < GAP * typical and columns + overlap < GAP * typical:
-                near.append((max(rows, columns), index))
-        if near:
-            _, index = min(near)
-            digits[index] = Shape(np.concatenate([digits[index].cells, shape.cells]))
+        is_large = max(height, 0.6 * width) >= SMALLEST_DIGIT
+        distances = [distance(shape, digit, is_large) for digit in digits]
+        if min(distances, default=typical) < GAP * typical:
+            nearest = np.argmin(distances)
+            digits[nearest] = Shape(np.concatenate([digits[nearest].cells, shape.cells]))
         elif is_large:
             digits.append(shape)
     return digits
+
+
+def distance(shape: Shape, digit: Shape, is_large: bool) -> float:
+    """Return the cells between a digit and a shape that may be a part of it.
+
+    A large part stands above or below: half of its width does not count.
+    """
+    columns, rows = gaps(shape.box, digit.box)
+    if is_large:
+        columns += min(shape.size[0], digit.size[0]) / 2
+    return max(columns, rows)
+
+
+def gaps(first: ndarray, second: ndarray) -> ndarray:
+    """Return how many columns and rows are between two boxes; negative if they overlap."""
+    return np.maximum(first[:2], second[:2]) - np.minimum(first[2:], second[2:])
 
 
 def sort_lines(digits: list[Digit]) -> list[Digit]:
@@ -312,16 +307,13 @@ def sort_lines(digits: list[Digit]) -> list[Digit]:
     """
     lines = []
     for digit in sorted(digits, key=lambda digit: digit.box[0]):
-        _, top, _, bottom = digit.box
-        overlaps = [0.4 * (bottom - top)]  # what a new line needs
-        for line in lines:
-            _, last_top, _, last_bottom = line[-1].box
-            overlaps.append(min(bottom, last_bottom) - max(top, last_top))
-        best = np.argmax(overlaps)
-        if best == 0:
-            lines.append([])
-        lines[best - 1].append(digit)
-    lines.sort(key=lambda line: np.mean([digit.box[1] + digit.box[3] for digit in line]))
+        rows = [gaps(digit.box, line[-1].box)[1] for line in lines]
+        height = digit.box[3] - digit.box[1]
+        if min(rows, default=0) < -0.4 * height:
+            lines[np.argmin(rows)].append(digit)
+        else:
+            lines.append([digit])
+    lines.sort(key=lambda line: np.mean([digit.box[1::2] for digit in line]))
     return [digit._replace(line=number) for number, line in enumerate(lines) for digit in line]
 
 

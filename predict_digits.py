@@ -223,7 +223,7 @@ def draw_boxes(picture: ndarray, digits: list[dict]) -> Image.Image:
         left, top, right, bottom = np.multiply(digit["box"], image.size * 2)
         answer, _ = summarize([digit])
         pen.rectangle((left, top, right, bottom), outline="red")
-        pen.text((left, top), answer, "red")
+        pen.text((left, max(0, top - 12)), answer, "red")
     return image
 
 

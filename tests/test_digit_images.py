@@ -277,7 +277,8 @@ def test_edges():
     alone = find_digits(page[:, 6:20])
     page[4:24, 0] = page[27, 6:] = 0  # one digit at the edge, and something flat
     assert len(alone) == 1
-    assert [digit.box for digit in find_digits(page)] == [(0, 4, 3, 24), (12, 4, 14, 24)]
+    boxes = [digit.box.tolist() for digit in find_digits(page)]
+    assert boxes == [[0, 4, 3, 24], [12, 4, 14, 24]]
 
 
 @pytest.mark.parametrize(
