@@ -17,6 +17,7 @@ FORMATS = "PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"
 MAX_PIXELS = 89_000_000
 MAX_JPEG_PIXELS = 256_000_000  # more, because a large JPEG is decoded at a smaller size
 MAX_SIDE = 2000  # pixels of a picture that is read
+SMALLEST_SIDE = 12  # pixels of its longer side
 
 # Ink is looked for in a plane of pixels, and roughly in cells, which are squares of its pixels
 PLANE_SIDE = 960  # at most so many pixels along the longer side
@@ -153,6 +154,8 @@ class Ink(NamedTuple):
 def find_ink(picture: ndarray) -> Ink:
     """Return the ink of a picture (H, W, 3); raise ScriptError if there is none."""
     side = max(picture.shape)
+    if side < SMALLEST_SIDE:
+        raise ScriptError(f"no ink in {side} pixels: name a picture of {SMALLEST_SIDE} or more")
     step = math.ceil(side / CELLS)
     colour = picture[::step].std((0, 1)).argmax()  # the channel with the largest differences
     factor = math.ceil(side / PLANE_SIDE)

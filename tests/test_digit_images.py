@@ -335,8 +335,9 @@ def test_a_line_of_one_pixel_in_any_column(left, ink, paper, height):
 
 
 def test_shapes_without_ink():
-    for height, width in (1, 1), (1, 500), (2000, 2), (30, 700):
-        with pytest.raises(ScriptError, match="no ink"):
+    for height, width in (1, 1), (8, 8), (1, 500), (2000, 2), (30, 700):
+        reason = "no ink in 8 pixels: name" if height == 8 else "no ink"
+        with pytest.raises(ScriptError, match=reason):
             find_digits(np.ones((height, width, 3), np.float32))
 
 

@@ -25,6 +25,7 @@ from utils import ScriptError
 STROKES = {  # x,y of each point, in shares of the side
     1: [".4,.3 .5,.2 .5,.8"],
     7: [".25,.22 .75,.22 .45,.8", ".35,.5 .7,.5"],
+    17: [".2,.2 .2,.8", ".45,.2 .85,.2 .6,.8"],
     8: [".6,.3 .4,.25 .6,.7 .4,.75 .6,.3"],
 }
 SEEN = """() => ({
@@ -38,11 +39,18 @@ EMPTY = {"image": [0] * 784, "bars": [""] * 10, "answer": "", "message": ""}
 DROP = """bytes => { const dataTransfer = new DataTransfer();
   dataTransfer.items.add(new File([new Uint8Array(bytes)], "one"));
   dispatchEvent(new DragEvent("drop", {dataTransfer})) }"""
+PASTE = DROP.replace('new DragEvent("drop", {', 'new ClipboardEvent("paste", {clipboardData: ')
+SLOW_FIRST = """() => { const fast = createImageBitmap; let wait = 600;
+  window.createImageBitmap = async (...options) => {
+    const milliseconds = wait; wait = 0;
+    await new Promise(resolve => setTimeout(resolve, milliseconds));
+    return fast(...options) } }"""
 
 
-def draw_picture() -> bytes:
+def draw_picture(*lefts: int) -> bytes:
     picture = Image.new("L", (200, 200), 255)
-    picture.paste(0, (95, 40, 108, 160))
+    for left in lefts:
+        picture.paste(0, (left, 40, left + 13, 160))
     data = io.BytesIO()
     picture.save(data, "PNG")
     return data.getvalue()
@@ -131,7 +139,7 @@ def test_answered(port):
             client.sendall(request.encode())
     assert send(port, f"GET / {OWN}") == (ROOT / "draw_digit.html").read_bytes()
     assert "no known format" in post(port, b"no picture")["message"]
-    answer = post(port, draw_picture())
+    answer = post(port, draw_picture(95))
     assert (answer["text"], answer["message"]) == ("1", "")
     check(answer["digits"][0]["image"], answer["digits"][0]["probabilities"])
     idle.close()
@@ -211,7 +219,21 @@ def test_the_page(port, tmp_path):
             press(key)
         assert len(set(map(tuple, images.values()))) == 3
         wait(**EMPTY)
+        draw(17)
+        wait(answer="17", image=any)
+        page.wait_for_timeout(300)
+        last = page.evaluate(SEEN)
+        box_of_1 = {"x": 0.2 * box["width"], "y": box["height"] / 2}
+        page.click("#pad", position=box_of_1)
+        first = wait(image=lambda image: image != last["image"])
+        assert float(last["bars"][7][:-1]) > 50 < float(first["bars"][1][:-1])
+        press("Delete")
+        wait(**EMPTY)
         press("Control+z")
+        press("Control+z")
+        press("Control+z")  # both strokes
+        wait(**EMPTY)
+        press("Control+Z")  # with Caps Lock
         wait(image=images[7])
         page.click("#undo")  # the bar of the 7
         wait(image=lambda image: any(image) and image != images[7])
@@ -243,8 +265,11 @@ def test_the_page(port, tmp_path):
         wait(bars=EMPTY["bars"], message=lambda message: message.startswith("no answer ("))
         page.unroute("**/")
 
-        page.evaluate(DROP, list(draw_picture()))
-        dropped = wait(image=any, message="")
+        page.evaluate(SLOW_FIRST)
+        page.evaluate(DROP, list(draw_picture(70, 120)))
+        page.evaluate(PASTE, list(draw_picture(95)))  # the newer one wins
+        page.wait_for_timeout(1000)
+        dropped = wait(image=any, message="", answer="1")
         (tmp_path / "a.txt").write_text("text")
         page.set_input_files("#file", tmp_path / "a.txt")
         wait(image=dropped["image"], message="cannot read a.txt as a picture: use PNG or JPEG")
