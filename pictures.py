@@ -1,4 +1,4 @@
-"""Pictures that the scripts draw when asked, with matplotlib, which is an optional package."""
+"""Pictures that the scripts draw when asked, most with matplotlib, an optional package."""
 
 import importlib.util
 import io
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
+from numpy import ndarray
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from utils import ScriptError, write_file
@@ -138,6 +140,20 @@ def draw_mistakes(path: Path, images: Tensor, labels: Tensor, probabilities: Ten
             shares = probabilities[i]
             axes.set_title(f"{labels[i]} read as {shares.argmax()}, {shares.max():.0%}", fontsize=8)
     save_figure(path, figure)
+
+
+def draw_boxes(picture: ndarray, boxes: dict[tuple, str]) -> Image.Image:
+    """Return a picture, (H, W, 3) in 0..1, with boxes and a text above each.
+
+    A box is left, top, right and bottom, as shares of the picture.
+    """
+    image = Image.fromarray(np.uint8(255 * picture))
+    pen = ImageDraw.Draw(image)
+    for box, text in boxes.items():
+        left, top, right, bottom = np.multiply(box, image.size * 2)
+        pen.rectangle((left, top, right, bottom), outline="red")
+        pen.text((left, max(0, top - 12)), text, "red")
+    return image
 
 
 def save_figure(path: Path, figure: object) -> None:

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy import ndarray
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
 from checkpoints import BEST, load_checkpoint
@@ -41,7 +41,7 @@ from digit_images import find_digits, read_picture
 from draw_digit import serve_page
 from mnist_data import CLASSES, IMAGE_SIDE, load_mnist, normalize
 from models import build_model
-from pictures import draw_mistakes, require_matplotlib
+from pictures import draw_boxes, draw_mistakes, require_matplotlib
 from utils import (
     ScriptError,
     describe_error,
@@ -203,7 +203,8 @@ def save_prepared(folder: Path, name: str, picture: ndarray, digits: list[dict])
     """
     images = {f"{name}_28x28.png": Image.fromarray(np.uint8(digits[0]["image"]))}
     if len(digits) > 1:
-        images = {f"{name}_boxes.png": draw_boxes(picture, digits)}
+        boxes = {tuple(digit["box"]): summarize([digit])[0] for digit in digits}
+        images = {f"{name}_boxes.png": draw_boxes(picture, boxes)}
         for i, digit in enumerate(digits, 1):
             images[f"{name}_{i}_28x28.png"] = Image.fromarray(np.uint8(digit["image"]))
     try:
@@ -213,18 +214,6 @@ def save_prepared(folder: Path, name: str, picture: ndarray, digits: list[dict])
                 image.save(stream, "PNG")
     except OSError as error:
         raise ScriptError(f"cannot save: {error}; name another folder") from error
-
-
-def draw_boxes(picture: ndarray, digits: list[dict]) -> Image.Image:
-    """Return a picture (H, W, 3) in 0..1 with a box and the answer at each digit."""
-    image = Image.fromarray(np.uint8(255 * picture))
-    pen = ImageDraw.Draw(image)
-    for digit in digits:
-        left, top, right, bottom = np.multiply(digit["box"], image.size * 2)
-        answer, _ = summarize([digit])
-        pen.rectangle((left, top, right, bottom), outline="red")
-        pen.text((left, max(0, top - 12)), answer, "red")
-    return image
 
 
 def find_mistakes(logits: Tensor, labels: Tensor) -> tuple[list[int], str]:

@@ -323,6 +323,14 @@ def test_parts_and_specks():
     assert (beside_speck.image == alone.image).all()
 
 
+def test_a_paler_part_of_a_stroke():
+    page = np.ones((100, 100, 3), np.float32)
+    page[20:80, 30:36] = 0
+    page[74:80, 36:70] = 0.58  # a fifth of the ink's darkness, as the logarithm has it
+    (digit,) = find_digits(page)
+    assert digit.box.tolist() == [30, 20, 70, 80]
+
+
 @pytest.mark.parametrize("left", [40, 41])
 @pytest.mark.parametrize(
     ("ink", "paper", "height"), [(255, 0, 100), ((30, 60, 200), (250, 240, 220), 150)]
