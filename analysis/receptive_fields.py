@@ -222,6 +222,7 @@ class Dependence(NamedTuple):
     changed: Tensor  # (rows and columns probed, *shape of one image's result) bool
     batch: int  # the result's axis of the images
     windows: list[Window | None]  # along height and width, if the call declares them
+    keeps_axes: bool  # whether the result has as many axes as the tensor that goes in
 
     def read(self, place: Place) -> list[Tensor] | None:
         """Return which rows depend on which, (rows, probed), and which columns.
@@ -254,7 +255,7 @@ class Dependence(NamedTuple):
 
 
 def possible_places(branches: list[Dependence]) -> list[Place]:
-    """Return where in a result a map may lie, one like a source's first.
+    """Return where in a result a map may lie, first where one of the sources lies.
 
     A map lies along two axes, or one, or in one axis that holds its units row by row, before or
     after the channels. Numbers beside them that do not depend on the image, as those of a class
@@ -279,12 +280,8 @@ def possible_places(branches: list[Dependence]) -> list[Place]:
                 places.append(Place(axis + 1, axis + 2, (axis, start, before)))
                 places.append(Place(axis, axis + 1, (axis, start, after)))
 
-    def likeness(place: Place) -> tuple[bool, bool]:
-        _, *size = as_map(live, place).shape[:3]
-        return tuple(size) in sizes, place in known
-
-    known = {branch.source.place._replace(batch=0) for branch in branches}
-    return sorted(places, key=likeness, reverse=True)
+    known = {branch.source.place[:3] for branch in branches}
+    return sorted(places, key=lambda place: place[:3] not in known)
 
 
 def find_map(branches: list[Dependence]) -> FeatureMap:
@@ -292,24 +289,36 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
 
     Raises CannotFollowError.
     """
+    sources = [branch.source for branch in branches if branch.keeps_axes]
+    unchanged = {(source.place[:3], source.size) for source in sources}
     explained = []
     for place in possible_places(branches):
         axes = axes_at(place, branches)
         if axes:
             known = FeatureMap(place._replace(batch=branches[0].batch), axes)
-            if known.size in {(1, 1), *(branch.source.size for branch in branches)}:
+            if (place[:3], known.size) in unchanged:
                 return known
             explained.append(known)
 
     if explained:
-        # Of two axes that were one, the wrong one shows a map of units that see further, with gaps
-        return min(explained, key=lambda known: math.prod(axis.r for axis in known.axes))
+        return min(explained, key=extent)
     for branch in branches:
         sees_all = all(axis.seen.all() for axis in branch.source.axes)
         if sees_all and branch.changed.any(0).all():
             axes = tuple(map(as_one_unit, branch.source.axes))
             return FeatureMap(Place(-3, -2, batch=branch.batch), axes)
     raise CannotFollowError("no window explains which rows and columns it reads")
+
+
+def extent(known: FeatureMap) -> tuple[int, int]:
+    """Return the area that a unit sees, and the number of units.
+
+    Of maps that explain the same, the smallest is right. Of two axes that one was split into, the
+    wrong one shows units that see further, with gaps; and channels are like units that all see the
+    same.
+    """
+    height, width = known.axes
+    return height.r * width.r, height.n * width.n
 
 
 def as_one_unit(axis: Axis) -> Axis:
@@ -464,7 +473,10 @@ class Probe:
                 probed, control = images.split([self.n - 1, 1], dim=1)
                 changed, unused = probed.flatten(0, 1).tensor_split([len(self.probes)])
                 if changed.any() and not control.any() and not unused.any():
-                    return Dependence(self.known, self.probed, changed, axis, self.windows)
+                    keeps_axes = everything.dim() == self.tensor.dim()
+                    return Dependence(
+                        self.known, self.probed, changed, axis, self.windows, keeps_axes
+                    )
                 reason = "it mixes the images of a batch"
         raise CannotFollowError(reason)
 

@@ -168,6 +168,12 @@ def vision_transformer(x: Tensor, patches: Conv2d, block: nn.Module, head: Linea
     return head(x[:, 0])
 
 
+def mixer(x: Tensor, patches: Conv2d, tokens: Linear, head: Linear) -> Tensor:
+    x = patches(x).flatten(2).transpose(1, 2)
+    x = x + tokens(x.transpose(1, 2)).transpose(1, 2)
+    return head(x.mean(1))
+
+
 def patches_as_tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, 1, 4, 7, 4, 7).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 49)
 
@@ -562,3 +568,15 @@ def test_a_batch_that_is_divided():
     analysis = analyze_digits(between_convs(by_four), batch_size=64)
     assert analysis.problem is None
     assert "it folds the batch" in {layer.unknown for layer in analysis.layers}
+
+
+def test_channels_are_no_units():
+    model = Net(lambda x, a, b: b(a(x.squeeze(1)).mean(1)), Linear(28, 16), Linear(16, 10))
+    expected = """\
+        a      Linear   1x28 1x28 0 1 28   28x1 1    1x28 1    1x28 0 0 1x28
+        mean() function 28x1 28x1 0 1 28x1 1    1x28 28   1x28 28   0 0 28x28"""
+    assert field_rows(analyze_digits(model)) == squeeze(expected)
+    mixing = Net(mixer, Conv2d(1, 16, 7, 7), Linear(16, 16), Linear(16, 9))
+    assert field_rows(analyze_digits(mixing))[-1] == (
+        "mean() function 4 4 0 1 4 1 0 0 28 28 0 0 28x28"
+    )
