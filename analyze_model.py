@@ -442,9 +442,12 @@ def limit_memory() -> None:
     with contextlib.suppress(ImportError, OSError):  # another system
         import resource
 
-        free = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+        text = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
+        free, used = (
+            int(re.search(rf"{key}:\s+(\d+)", text)[1]) for key in ("MemAvailable", "VmData")
+        )
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(free[1]), hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (1024 * (free + used), hard))
 
 
 def prepare_model(name: str, args: argparse.Namespace, checkpoint: dict | None) -> nn.Module:
