@@ -3,11 +3,13 @@
     python compare_runs.py                       # all runs in model_checkpoints and below
     python compare_runs.py --plot compare.png    # draw the test errors, too (needs matplotlib)
 
-Runs that differ in the seed alone are one line of the table:
+Runs that differ in the seed alone are one line of the table, which goes on with the best epoch, the
+difference to the first line and its standard error, and seconds:
 
-    model     parameters  options that differ                  seeds  epochs  last epoch    ...
-    Model5         8,018  augment, lr 0.2, onecyclelr          1          20  99.48 ± ?     ...
-    Model5         8,018  constant, lr 0.01                    1-2        20  99.19 ± 0.02  ...
+    model     parameters  options that differ                          seeds  epochs  last epoch
+    Model5         8,018  augment, lr 0.2, onecyclelr, weight_decay …  1-5        20  99.45 ± 0.04
+    Model5         8,018  lr 0.2, onecyclelr, weight_decay 0.0001      1-5         5  99.30 ± 0.06
+    Model5         8,018  constant, lr 0.01                            1-2        20  99.17 ± 0.03
 
 Options:
 
