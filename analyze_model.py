@@ -57,11 +57,7 @@ LAYER_COLUMNS = (
     ("share", "share", "of the model's parameters"),
     ("buffers", "buffers", "numbers that are stored but not trained"),
     ("MACs", "macs", "multiply-accumulates of matrix products, per image; ? if not counted"),
-    (
-        "kept",
-        "kept",
-        "bytes that a batch keeps for the backward pass, at the first that keeps them",
-    ),
+    ("kept", "kept", "bytes of a batch, for the backward pass; at the first that keeps them"),
 )
 
 # The keys of a row, by what they are
@@ -106,7 +102,6 @@ class Analysis:
     totals: dict[str, int | None]
     memory: list[Memory]
     failure: str | None  # why forward or backward fails; the layers then end where it failed
-
     check: str  # the verdict of the self-check and what it found
 
     # Epoch and accuracies that came with the weights
@@ -201,7 +196,7 @@ def count_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, int | N
         layer.parameters = count_numbers(new.values())
         layer.bias = count_numbers(tensor for name, tensor in new.items() if "bias" in name)
         layer.weight = layer.parameters - layer.bias
-        layer.share = round(100 * layer.parameters / max(total, 1), 2)
+        layer.share = 100 * layer.parameters / max(total, 1)
         buffers = set(module.buffers(recurse=False))
         layer.buffers = count_numbers(buffers - uses.keys())
         uses.update([*own.values(), *buffers])

@@ -119,7 +119,10 @@ def hooks(model: nn.Module, enter: Callable, leave: Callable) -> Iterator[None]:
 
 
 class Run(TorchFunctionMode):
-    """A run of a model on images (N, 1, H, W), with a `Layer` for each call of a module."""
+    """A run of a model on images (N, 1, H, W), with a `Layer` for each call of a module.
+
+    To create it is to run the model; `failure` then says why the model fails, if it does.
+    """
 
     def __init__(self, model: nn.Module, images: Tensor):
         super().__init__()

@@ -103,20 +103,20 @@ def test_parameters_are_counted_once_and_where_they_are():
     )
     # Weight, bias, buffers, and per cent of 232
     expected = """\
-        Net 0 0 0 0.0
+        Net 0 0 0 0.00
         a 36 4 0 17.24
         c 144 4 0 63.79
-        c 0 0 0 0.0
-        b 0 0 0 0.0
+        c 0 0 0 0.00
+        b 0 0 0 0.00
         b.0 4 4 9 3.45
-        b.1 0 0 0 0.0
-        b 0 0 0 0.0
-        b.0 0 0 0 0.0
-        b.1 0 0 0 0.0
+        b.1 0 0 0 0.00
+        b 0 0 0 0.00
+        b.0 0 0 0 0.00
+        b.1 0 0 0 0.00
         d 30 6 0 15.52"""
     analysis = analyze_digits(net)
     rows = [
-        f"{layer.name} {layer.weight} {layer.bias} {layer.buffers} {layer.share}"
+        f"{layer.name} {layer.weight} {layer.bias} {layer.buffers} {layer.share:.2f}"
         for layer in analysis.layers
     ]
     assert rows == squeeze(expected)
