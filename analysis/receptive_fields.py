@@ -132,7 +132,8 @@ def merge_branches(before: list[Axis], after: list[Axis]) -> Axis:
     by_branch = torch.stack([axis.seen for axis in after])
     has_same_numbers = all(axis[:4] == first[:4] for axis in after)
     if has_same_numbers and (by_branch == first.seen).all():
-        return first
+        unchanged = [axis for axis in after if any(axis is each for each in before)]
+        return [*unchanged, first][0]
 
     if not by_branch.any(2).all(0).any():
         raise CannotFollowError("it puts maps side by side")
