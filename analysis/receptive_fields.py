@@ -421,8 +421,8 @@ class Probe:
             self.windows = declared_windows(call) or self.windows
 
         # A declared window is only compared, and large maps take long: then fewer are probed
-        few, many = (1, 2) if math.prod(known.size) >= LARGE else (4, 10)
-        count = few if self.windows[0] else many
+        few, many = (1, 2) if self.windows[0] else (4, 10)
+        count = few if math.prod(known.size) >= LARGE else many
         self.probed = [units_to_probe(n, count) for n in known.size]
         rows, columns = (units.tolist() for units in self.probed)
         self.probes = [*((0, row) for row in rows), *((1, column) for column in columns)]
@@ -609,9 +609,12 @@ class FieldRun(Run):
         if not self.running:
             return func(*args, **kwargs)
 
+        # A call may give its arguments another shape: it is repeated with what they were
         given = tensors_in((args, kwargs))
+        before = {id(tensor): tensor.detach() for tensor in given}
+        call = Call(func, *map_tensors(lambda tensor: before[id(tensor)], (args, kwargs)))
+        sources = [(before[id(tensor)], content) for tensor, content in self.sources_in(given)]
         versions = [tensor._version for tensor in given]
-        sources = self.sources_in(given)
         output = func(*args, **kwargs)
         changed = changed_in(given, versions)
         tensors = tensors_in([output, changed])
@@ -624,7 +627,7 @@ class FieldRun(Run):
             layer = self.running[-1]
             if layer.is_block:
                 layer = self.add_function(func, output)
-            found = self.follow(Call(func, args, kwargs), sources, len(tensors))
+            found = self.follow(call, sources, len(tensors))
             self.note(layer, sources, tensors, found)
         return output
 

@@ -215,6 +215,7 @@ BETWEEN_CONVS = {
     "5x5: unbind, stack": lambda x: torch.stack(x.unbind(1), 1),
     "5x5: NHWC": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2),
     "5x5: in place": lambda x: F.relu_(x.add_(1)),
+    "5x5: in place, another shape": lambda x: x.unsqueeze_(2).squeeze_(2),
     "5x5: in place, flattened": lambda x: F.relu_(x.flatten(2)).view(x.shape),
     "5x5: from part to part": shifted_channels,
     "5x5: custom autograd function": Double.apply,
@@ -478,6 +479,8 @@ def test_followed(name):
 def test_large_maps_are_sampled():
     model = Sequential(conv(), ReLU(), nn.AvgPool2d(2), nn.GroupNorm(1, 2))
     assert_followed(analyze(model, (150, 120), batch_size=2), "152x122")
+    windows_that_show = Sequential(nn.LPPool2d(2, 3, 2))
+    assert_followed(analyze(windows_that_show, (150, 120), batch_size=2), "3x3")
 
 
 @pytest.mark.parametrize("name", NOT_FOLLOWED)
