@@ -130,11 +130,9 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int) -> A
         costs = CostRun(model, torch.rand(batch_size, 1, *input_size, device=device))
         layers = costs.layers
         if not costs.failure:
-            # One image more than the probes in a replay; memory sets the limit
-            n = 12 if math.prod(input_size) < 2**14 else 4
             model.cpu().eval()
             with torch.no_grad():
-                fields = FieldRun(model, twin, torch.rand(n, 1, *input_size))
+                fields = FieldRun(model, twin, input_size)
                 layers = join_layers(model, costs, fields.layers)
                 check = check_fields(fields)
 
