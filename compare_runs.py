@@ -21,6 +21,7 @@ Options:
 
 import json
 import math
+import re
 import sys
 import textwrap
 from argparse import SUPPRESS, ArgumentParser
@@ -37,10 +38,10 @@ LEGEND = """
 seeds       of the runs, which differ in the seed alone: the first and the last
 epochs      10/20 if a run has finished 10 of 20
 last epoch  test accuracy in per cent, mean ± sample standard deviation over the runs
-validation  the same for held-out images; where every line has it, it sorts and is compared
-best epoch  test accuracy of the epoch that was best, a choice that flatters it
-difference  to the first line ± its standard error (Welch); below three standard errors it may be
-            luck, and with only two or three runs a line a larger one, too
+validation  the same for held-out images; if every line has it, it is what is compared
+best epoch  test accuracy of the best epoch; too good, because it decided which epoch that is
+difference  to the first line ± its standard error (Welch); less than three standard errors may be
+            luck, and with only two or three runs in a line even more may be
 s/epoch     seconds that the last epoch took"""
 
 METRICS = "test_accuracy", "val_accuracy", "best_test_accuracy", "seconds"
@@ -87,7 +88,7 @@ def main() -> None:
         line["difference"] = find_difference(line[decisive], lines[0][decisive])
 
     if args.json:
-        print(json.dumps(lines, indent=2).replace(" NaN", " null"))  # JSON has no NaN
+        print(re.sub(r"NaN(?=,?\n)", "null", json.dumps(lines, indent=2)))  # JSON has no NaN
     else:
         print(format_table(lines))
     if args.plot:

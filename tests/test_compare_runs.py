@@ -67,11 +67,13 @@ def test_table(three_lines, compare):
 
 
 def test_json(three_lines, tmp_path):
+    (tmp_path / "c").rename(tmp_path / "c NaN")
     result = run("compare_runs.py", tmp_path, "--json")
     first, second, third = json.loads(result.stdout, parse_constant=pytest.fail)
     assert first["runs"]["10"]["folder"] == f"{tmp_path}/b10"
     assert second["difference"] == approx([-6, (16 / 3) ** 0.5])
     assert third["difference"] == [-7, None]
+    assert third["runs"]["1"]["folder"] == f"{tmp_path}/c NaN"
 
 
 def test_validation_sorts_where_every_line_has_it(add_run, compare):
