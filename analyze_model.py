@@ -49,15 +49,23 @@ from utils import ScriptError, describe_error, device_type, number_type, path_ty
 # Header, attribute of a layer, and legend; the numbers among them have totals
 LAYER_COLUMNS = (
     ("layer", "label", ""),
-    ("type", "type", "x3: three such calls"),
+    ("type", "type", "x3: three calls like this one"),
     ("output", "output", "shape for one image"),
     ("weight", "weight", "parameters; those that several layers share count for the first"),
     ("bias", "bias", ""),
     ("total", "parameters", ""),
     ("share", "share", "of the model's parameters"),
     ("buffers", "buffers", "numbers that are stored but not trained"),
-    ("MACs", "macs", "multiply-accumulates of matrix products, per image; ? if not counted"),
-    ("kept", "kept", "bytes of a batch, for the backward pass; at the first that keeps them"),
+    (
+        "MACs",
+        "macs",
+        "multiply-accumulates of matrix products, per image; ? if not counted by torch",
+    ),
+    (
+        "kept",
+        "kept",
+        "bytes kept for the backward pass of a batch; shared ones count for the first",
+    ),
 )
 
 # The keys of a row, by what they are
@@ -152,7 +160,7 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int) -> A
 
 
 def join_layers(model: nn.Module, costs: CostRun, layers: list[Layer]) -> list[Layer]:
-    """Enter the costs of each call; return the layers, and those that evaluation does not call."""
+    """Return the layers with their costs, and those that evaluation does not call."""
     measured = defaultdict(list)
     for layer in costs.layers:
         measured[layer.name].append(layer)
@@ -431,7 +439,7 @@ def quiet() -> Iterator[None]:
 
 
 def limit_memory() -> None:
-    """Let an allocation beyond the free memory fail, because Linux kills the process instead."""
+    """Make allocations beyond the free memory fail; otherwise Linux kills the process."""
     with contextlib.suppress(ImportError, OSError):  # another system
         import resource
 

@@ -41,11 +41,11 @@ THIN_LINE = 1.9  # a thinner line is widened
 WIDENED_LINE = 2.2
 WIDEST_LINE = 8  # a wider one is no digit
 
-# In quarters of these pixels, to which a digit is centred
+# In quarters of these pixels, because a digit is centred to a quarter
 FINE_BOX = 74  # less than 80, because a digit between whole pixels covers up to two more
 FINE_IMAGE = 112
 FINE_CENTER = 57.5  # the middle of pixel 14, as in MNIST
-NO_INK = "no ink in lines to be seen: write digits, dark on light paper or light on dark"
+NO_INK = "no ink in lines that stand out: write digits dark on light paper or light on dark"
 
 
 class Digit(NamedTuple):
@@ -192,7 +192,7 @@ def subtract_paper(plane: ndarray, cell: int) -> ndarray:
     """
     padded = np.pad(plane, [(0, -side % cell) for side in plane.shape], "edge")
     small = shrink(padded, cell)
-    # Paper is what most of the five show: thick ink may cover half of the picture, a desk two sides
+    # The median of five, because thick ink may cover half of the picture, and a desk two sides
     parts = small, small[0], small[-1], small[:, 0], small[:, -1]
     level = np.median([np.median(part) for part in parts])
     darkest, lightest = np.percentile(padded[::4], (0.02, 99.98))
@@ -221,7 +221,7 @@ class Shape:
         return mask.T
 
     def is_frame(self) -> bool:
-        """Return whether it lines all four sides of a box that is no upright or flat stroke."""
+        """Return whether it runs along all four sides of its box, and is no mere stroke."""
         turned = [np.rot90(self.mask(), i) for i in range(4)]
         depth = 1 + max(self.size) // 10
         lined = min(side[:depth].any(0).mean() for side in turned)
@@ -242,13 +242,15 @@ def find_shapes(ink: Ink) -> list[Shape]:
     neighbours = -row - 1, -row, -row + 1, -1, 1, row - 1, row, row + 1
     starts = np.flatnonzero(cells > max(STRONG, 5 * ink.noise)).tolist()
     for weak in WEAK:
-        unseen = bytearray(cells > max(weak, 3 * ink.noise))  # faster than an array, one by one
+        unseen = bytearray(
+            cells > max(weak, 3 * ink.noise)
+        )  # faster than an array for single cells
         shapes = []
         for start in starts:
             if unseen[start]:
                 unseen[start] = False
                 found = [start]
-                for cell in found:  # which grows meanwhile
+                for cell in found:  # a list that grows meanwhile
                     for step in neighbours:
                         if unseen[cell + step]:
                             unseen[cell + step] = False

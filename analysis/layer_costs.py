@@ -121,7 +121,7 @@ def hooks(model: nn.Module, enter: Callable, leave: Callable) -> Iterator[None]:
 class Run(TorchFunctionMode):
     """A run of a model on images (N, 1, H, W), with a `Layer` for each call of a module.
 
-    To create it is to run the model; `failure` then says why the model fails, if it does.
+    Creating it runs the model. `failure` says why the model fails, or is None.
     """
 
     def __init__(self, model: nn.Module, images: Tensor):
@@ -169,7 +169,7 @@ class Run(TorchFunctionMode):
 class CostRun(Run):
     """A forward and a backward pass in training mode.
 
-    A call's operations and bytes are those of the functions outside the modules in it.
+    What counts for a module excludes the modules inside it.
     """
 
     def __init__(self, model: nn.Module, images: Tensor):
@@ -187,7 +187,7 @@ class CostRun(Run):
         super().__init__(model, images)
 
     def run(self, model: nn.Module) -> None:
-        """Run forward to measure; again, because these hooks hide errors, to run backward."""
+        """Run forward to measure, then both ways without the hooks, which hide errors."""
         with saved_tensors_hooks(self.keep, lambda tensor: tensor), self.counter:
             super().run(model)
         self.held.clear()

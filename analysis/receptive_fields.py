@@ -557,7 +557,7 @@ class FieldRun(Run):
         self.twin = dict(twin.named_modules())
         self.returned: list[tuple[str, Content]] = []  # by each module
         self.nan_passes = True
-        self.given = []  # to each running module; before it, where the layers in it begin
+        self.given = []  # of each running module: where its inner layers begin, and its sources
 
         # Tensors by their ids, kept alive so that no id is used twice: what each holds, and how
         # often its memory had changed then
@@ -618,9 +618,9 @@ class FieldRun(Run):
         contents = [self.content_of(tensor) for tensor in tensors] or [NOTHING]
         lost = {content.unknown for content in contents} - {None}
 
-        # Of a layer whose last call is the one that cannot be followed, the whole cannot either
-        is_worth_it = layer.is_block or FOLLOWS in lost
-        if sources and self.running and lost and is_worth_it:
+        # A layer whose own call cannot be followed needs no second try
+        has_parts = layer.is_block or FOLLOWS in lost
+        if sources and self.running and lost and has_parts:
 
             def run_copy(*args, **kwargs):  # because a module may keep what it is given
                 return copy_model(self.twin[name])(*args, **kwargs)
@@ -647,7 +647,7 @@ class FieldRun(Run):
         if not self.running:
             return func(*args, **kwargs)
 
-        # A call may give its arguments another shape: it is repeated with what they were
+        # Replay with the shapes before the call, which may change them in place
         given = tensors_in((args, kwargs))
         before = {id(tensor): tensor.detach() for tensor in given}
         arguments = map_tensors(lambda tensor: before[id(tensor)], (args, kwargs))
