@@ -91,7 +91,8 @@ def draw_ink(digit: ndarray, height: int, width: int) -> ndarray:
     Its lines are `width` pixels wide; 0 enlarges the digit as it is.
     """
     left, top, right, bottom = Image.fromarray(digit > 60).getbbox()
-    cut = Image.fromarray(digit).crop((left - 1, top - 1, right + 1, bottom + 1))
+    box = left - 1, top - 1, right + 1, bottom + 1
+    cut = Image.fromarray(digit).crop(box)
     scale = height / (bottom - top)
     factor = 5 if width else scale
     size = [round(side * factor) for side in cut.size]
@@ -192,7 +193,8 @@ def read(found: list[list[Digit]]) -> tuple[list[str], list[float]]:
     model = load_model(TRAINED_MODEL5, torch.device("cpu"))
     answers, lowest = [], []
     for digits in found:
-        pixels = torch.from_numpy(np.stack([digit.image for digit in digits]))[:, None]
+        images = np.stack([digit.image for digit in digits])
+        pixels = torch.from_numpy(images)[:, None]
         shares, classes = predict(model, normalize(pixels)).softmax(1).max(1)
         answers.append("".join(map(str, classes.tolist())))
         lowest.append(shares.min().item())
@@ -261,10 +263,12 @@ def test_boxes(mnist):
 def test_frames(filled, mnist):
     found = []
     for digit in mnist[0][-8:]:
-        shown = np.pad(digit, 2).repeat(8, 0).repeat(8, 1) / np.float32(255)
+        enlarged = np.pad(digit, 2).repeat(8, 0).repeat(8, 1)
+        shown = enlarged / np.float32(255)
         page = np.ones((400, 400), np.float32)
         page[60:344, 60:344] = 0
-        page[70:334, 70:334] = np.pad(shown if filled else 1 - shown, 4, mode="edge")
+        box = shown if filled else 1 - shown
+        page[70:334, 70:334] = np.pad(box, 4, mode="edge")
         page[370:385, 100:110] = 0  # a label below
         found.append(find_digits(np.stack([page] * 3, 2)))
     answers, _ = read(found)

@@ -135,7 +135,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
-        q, k, v = self.a(x).reshape(n, t, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        qkv = self.a(x).reshape(n, t, 3, 2, 8)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if self.by_hand:
             heads = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) @ v
         else:
@@ -175,11 +176,27 @@ def mixer(x: Tensor, patches: Conv2d, tokens: Linear, head: Linear) -> Tensor:
 
 
 def patches_as_tokens(x: Tensor) -> Tensor:
-    return x.reshape(-1, 1, 4, 7, 4, 7).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 49)
+    x = x.reshape(-1, 1, 4, 7, 4, 7)
+    x = x.permute(0, 2, 4, 3, 5, 1)
+    return x.reshape(-1, 16, 49)
 
 
 def space_to_depth(x: Tensor) -> Tensor:
-    return x.view(-1, 14, 2, 14, 2).permute(0, 2, 4, 1, 3).reshape(-1, 4, 14, 14)
+    x = x.view(-1, 14, 2, 14, 2)
+    x = x.permute(0, 2, 4, 1, 3)
+    return x.reshape(-1, 4, 14, 14)
+
+
+def times_constants(x: Tensor) -> Tensor:
+    """Use constants that are made like the input."""
+    x = x * torch.ones(4, 1, 1).type_as(x)
+    x = x + torch.ones(4, 1, 1).to(x)
+    return x + x.new_ones(1)
+
+
+def rearranged_means(x: Tensor, convolution: Conv2d, linear: Linear) -> Tensor:
+    means = convolution(x).mean((2, 3))
+    return linear(means.flip(1)[:, None].repeat(1, 2, 1))
 
 
 def check_no_nan(x: Tensor) -> Tensor:
@@ -226,9 +243,7 @@ BETWEEN_CONVS = {
     ),
     "5x5: einsum": lambda x: torch.einsum("nchw,dc->ndhw", x, torch.ones(4, 4)),
     "5x5: assertions": check_no_nan,
-    "5x5: constants made like the input": (
-        lambda x: x * torch.ones(4, 1, 1).type_as(x) + torch.ones(4, 1, 1).to(x) + x.new_ones(1)
-    ),
+    "5x5: constants made like the input": times_constants,
     "5x5: permuted twice": lambda x: x.permute(0, 3, 2, 1).permute(0, 3, 2, 1),
     "5x5: first state": lambda x: x + torch.zeros(len(x), 4, 28, 28),
     "7x7: conv2d by keywords": lambda x: F.conv2d(weight=torch.ones(4, 4, 3, 3), input=x),
@@ -377,11 +392,7 @@ FOLLOWED = {name: between_convs(function) for name, function in BETWEEN_CONVS.it
         conv(),
         Linear(1568, 9),
     ),
-    "30x30: rearranged where all is seen": Net(
-        lambda x, a, b: b(a(x).mean((2, 3)).flip(1)[:, None].repeat(1, 2, 1)),
-        conv(),
-        Linear(2, 9),
-    ),
+    "30x30: rearranged where all is seen": Net(rearranged_means, conv(), Linear(2, 9)),
     "30x30: mean of the flattened": Net(
         lambda x, a, b: b(a(x).flatten(2).mean(-1)),
         conv(),
@@ -556,7 +567,11 @@ def test_a_mistake_fails_the_check(name, monkeypatch):
 
 def test_a_block_that_does_not_depend_on_the_image():
     constant = Net(torch.zeros_like)
-    model = Net(lambda x, a, b: a(b(x)) + a(x), conv(), Sequential(constant, conv(1, 1)))
+    model = Net(
+        lambda x, a, b: a(b(x)) + a(x),
+        conv(),
+        Sequential(constant, conv(1, 1)),
+    )
     layers = {layer.name: layer for layer in analyze_digits(model).layers}
     assert layers["b"].unknown == "what it returns does not depend on the image"
     assert layers["b.1"].output_shape == (1, 28, 28)
@@ -574,7 +589,11 @@ def test_a_batch_that_is_divided():
 
 
 def test_channels_are_no_units():
-    model = Net(lambda x, a, b: b(a(x.squeeze(1)).mean(1)), Linear(28, 16), Linear(16, 10))
+    model = Net(
+        lambda x, a, b: b(a(x.squeeze(1)).mean(1)),
+        Linear(28, 16),
+        Linear(16, 10),
+    )
     expected = """\
         a      Linear   1x28 1x28 0 1 28   28x1 1    1x28 1    1x28 0 0 1x28
         mean() function 28x1 28x1 0 1 28x1 1    1x28 28   1x28 28   0 0 28x28"""
