@@ -39,6 +39,8 @@ from models import build_model
 from train_test_mnist import evaluate, train_one_epoch, train_step
 from utils import device_type, keep_freed_memory, run_script
 
+TEST_BATCH_SIZE = 1000  # the trainer's default
+
 
 @functools.cache
 def prepare(variant, name, device, data_dir):
@@ -79,7 +81,7 @@ def prepare(variant, name, device, data_dir):
         loss.item()  # waits for the GPU
 
     def test():
-        evaluate(model, *test_set, 2500 if on_gpu else 250)
+        evaluate(model, *test_set, TEST_BATCH_SIZE)
 
     return repeat_one_batch if variant == "compute only" else train, test
 
@@ -87,7 +89,7 @@ def prepare(variant, name, device, data_dir):
 def classic_loop(model, optimizer, batch_size, device, data_dir):
     transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
     train_loader = DataLoader(MNIST(data_dir, True, transform), batch_size, shuffle=True)
-    test_loader = DataLoader(MNIST(data_dir, False, transform), 250)
+    test_loader = DataLoader(MNIST(data_dir, False, transform), TEST_BATCH_SIZE)
 
     def train(steps):
         model.train()
@@ -98,7 +100,7 @@ def classic_loop(model, optimizer, batch_size, device, data_dir):
 
     def test():
         for images, labels in test_loader:
-            evaluate(model, images.to(device), labels.to(device), 250)
+            evaluate(model, images.to(device), labels.to(device), TEST_BATCH_SIZE)
 
     return train, test
 
