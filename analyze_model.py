@@ -30,14 +30,14 @@ import re
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from analysis.layer_costs import CostRun, Layer, copy_model, hooks, is_layer
+from analysis.layer_costs import CostRun, Layer, copy_model, hooks
 from analysis.receptive_fields import FieldRun, check_fields
 from checkpoints import load_checkpoint
 from mnist_data import IMAGE_SIDE, default_batch_size, load_mnist
@@ -46,27 +46,18 @@ from models import build_model, find_model_name, model_classes
 from pictures import draw_receptive_fields, require_matplotlib
 from utils import ScriptError, describe_error, device_type, number_type, path_type, run_script
 
-# Header, attribute of a layer, and legend; the numbers among them have totals
-LAYER_COLUMNS = (
-    ("layer", "label", ""),
-    ("type", "type", "x3: three calls like this one"),
-    ("output", "output", "shape for one image"),
-    ("weight", "weight", "parameters; those that several layers share count for the first"),
-    ("bias", "bias", ""),
-    ("total", "parameters", ""),
-    ("share", "share", "of the model's parameters"),
-    ("buffers", "buffers", "numbers that are stored but not trained"),
-    (
-        "MACs",
-        "macs",
-        "multiply-accumulates of matrix products, per image; ? if not counted by torch",
-    ),
-    (
-        "kept",
-        "kept",
-        "bytes kept for the backward pass of a batch; shared ones count for the first",
-    ),
-)
+# Attributes of a layer, as headers of a table
+LAYER_COLUMNS = {
+    "type": "x3: three calls like this one",
+    "output": "shape for one image",
+    "weight": "parameters other than biases",
+    "bias": "parameters with bias in their names",
+    "parameters": "weight and bias; those that several layers share count for the first",
+    "share": "of the model's parameters",
+    "buffers": "numbers that are stored but not trained",
+    "MACs": "multiply-accumulates of matrix products, per image; ? if not counted by torch",
+    "kept": "bytes kept for the backward pass of a batch; shared ones count for the first",
+}
 
 # The keys of a row, by what they are
 FIELD_COLUMNS = {
@@ -141,11 +132,11 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int) -> A
             model.cpu().eval()
             with torch.no_grad():
                 fields = FieldRun(model, twin, input_size)
-                layers = join_layers(model, costs, fields.layers)
+                layers = join_layers(costs.layers, fields.layers)
                 check = check_fields(fields)
 
     totals = count_parameters(model, layers)
-    memory = add_up_memory(model, batch_size, input_size, totals["kept"], costs.at_work)
+    memory = add_up_memory(model, costs, totals["kept"])
     return Analysis(
         architecture,
         input_size,
@@ -159,29 +150,19 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int) -> A
     )
 
 
-def join_layers(model: nn.Module, costs: CostRun, layers: list[Layer]) -> list[Layer]:
-    """Return the layers with their costs, and those that evaluation does not call."""
+def join_layers(costs: list[Layer], layers: list[Layer]) -> list[Layer]:
+    """Return the layers that evaluation calls, with their costs, then those that it does not."""
     measured = defaultdict(list)
-    for layer in costs.layers:
-        measured[layer.name].append(layer)
+    for cost in costs:
+        measured[cost.name].append(cost)
     for layer in layers:
         if measured[layer.name]:
             cost = measured[layer.name].pop(0)
             layer.macs, layer.kept = cost.macs, cost.kept
-
-    # Calls that only training makes
-    rest = [layer for waiting in measured.values() for layer in waiting]
-    for layer in rest:
-        layer.is_merged = True
-    layers += rest
-
-    called = {layer.name for layer in layers}
-    for name, module in model.named_modules():
-        own = [*module._parameters.values(), *module._buffers.values()]
-        if name and name not in called and (own or is_layer(module)):
-            is_used = any(id(tensor) in costs.used for tensor in own)
-            missing = "not called itself" if is_used else "never called"
-            layers.append(Layer(name, 1, type(module).__name__, missing=missing))
+    for calls in measured.values():
+        for call in calls:
+            call.is_merged = True
+            layers.append(call)
     return layers
 
 
@@ -208,26 +189,23 @@ def count_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, int | N
         uses.update([*own.values(), *buffers])
 
     totals = {}
-    for _, attribute, _ in LAYER_COLUMNS[3:]:
-        numbers = [getattr(layer, attribute) for layer in layers]
-        totals[attribute] = None if None in numbers else sum(numbers)
+    for column in [*LAYER_COLUMNS][2:]:
+        numbers = [getattr(layer, column.lower()) for layer in layers]
+        totals[column.lower()] = None if None in numbers else sum(numbers)
     trainable = count_numbers(tensor for tensor in parameters if tensor.requires_grad)
     shared = count_numbers(tensor for tensor in parameters if uses[tensor] > 1)
     return totals | {"trainable": trainable, "frozen": total - trainable, "shared": shared}
 
 
-def add_up_memory(
-    model: nn.Module, batch_size: int, size: tuple[int, int], kept: int, at_work: int
-) -> list[Memory]:
+def add_up_memory(model: nn.Module, costs: CostRun, kept: int) -> list[Memory]:
     """Return the parts of a training step with SGD and momentum and of inference, and their sum."""
     tensors = [*nn.Module.parameters(model)]
     trained = [tensor for tensor in tensors if tensor.requires_grad]
     parameters, trainable, buffers = (
-        sum(tensor.numel() * tensor.element_size() for tensor in part)
-        for part in (tensors, trained, model.buffers())
+        sum(tensor.nbytes for tensor in part) for part in (tensors, trained, model.buffers())
     )
-    pixels = 4 * batch_size * math.prod(size)
-    labels = 8 * batch_size
+    pixels = costs.images.nbytes
+    labels = 8 * len(costs.images)
     memory = [
         Memory("parameters", "weights and biases", parameters, parameters),
         Memory("gradients", "one for each trainable parameter", trainable, 0),
@@ -235,7 +213,7 @@ def add_up_memory(
         Memory("buffers", "stored but not trained", buffers, buffers),
         Memory("input and target", "images, and in training int64 labels", pixels + labels, pixels),
         Memory("activations kept for backward", "the layers' column `kept`", kept, 0),
-        Memory("activations at work", "input and output of the largest call", 0, at_work),
+        Memory("activations at work", "input and output of the largest call", 0, costs.at_work),
     ]
     training = sum(part.training for part in memory)
     inference = sum(part.inference for part in memory)
@@ -292,18 +270,19 @@ def format_report(name: str, analysis: Analysis) -> str:
 
 def format_layers(analysis: Analysis) -> list[str]:
     """Return the tree of layers with its legend."""
-    headers, attributes, _ = zip(*LAYER_COLUMNS, strict=True)
+    attributes = [column.lower() for column in LAYER_COLUMNS]
     calls = Counter(
-        tuple(getattr(layer, attribute) for attribute in attributes) for layer in analysis.layers
+        (layer.label, *(getattr(layer, attribute) for attribute in attributes))
+        for layer in analysis.layers
     )
-    rows = [headers]
+    rows = [["layer", *LAYER_COLUMNS]]
     for (label, kind, *cells), count in calls.items():
         rows.append([label, f"{kind} x{count}" if count > 1 else kind, *cells])
     if not analysis.failure:
-        totals = [analysis.totals[attribute] for attribute in attributes[3:]]
+        totals = [analysis.totals[attribute] for attribute in attributes[2:]]
         rows.append(["total", "", "", *totals])
     trained = "trainable {trainable:,}, frozen {frozen:,}, shared by several layers {shared:,}"
-    legend = [f"{header:<8} {text}" for header, _, text in LAYER_COLUMNS if text]
+    legend = [f"{column:<10} {text}" for column, text in LAYER_COLUMNS.items()]
     return [format_table(rows, text_columns=3), trained.format(**analysis.totals), *legend]
 
 
@@ -311,20 +290,21 @@ def format_fields(analysis: Analysis) -> list[str]:
     """Return the table of receptive fields with its legend, and what is left out or not known."""
     columns = " ".join(FIELD_COLUMNS).split()
     rows = [("layer", "type", *columns)]
-    reasons = {}
+    reasons = defaultdict(list)
     left_out = set()
     for layer in analysis.layers:
-        for field in layer.fields:
-            rows.append((layer.name, layer.type, *format_field(field)))
+        cells = [format_field(field) for field in layer.fields]
         if layer.unknown:
-            rows.append((layer.name, layer.type, *"?" * len(columns)))
-            reasons.setdefault(layer.unknown, {})[layer.name] = None
-        elif not (layer.fields or layer.is_block or layer.is_merged) and layer.output_shape:
+            cells.append("?" * len(columns))
+            reasons[layer.unknown].append(layer.name)
+        rows += [(layer.name, layer.type, *each) for each in cells]
+        if not (cells or layer.is_block or layer.is_merged) and layer.output_shape:
             left_out.add(layer.name.split(".")[-1] if layer.type == "function" else layer.type)
 
     lines = [format_table(dict.fromkeys(rows), text_columns=2)]
     lines += [f"{keys:<12} {text}" for keys, text in FIELD_COLUMNS.items()]
-    lines += [f"?            {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+    for reason, names in reasons.items():
+        lines.append(f"?            {reason}: {', '.join(dict.fromkeys(names))}")
     if max(analysis.input_size) > 30:
         lines.append(SAMPLED)
     if left_out:
@@ -334,17 +314,13 @@ def format_fields(analysis: Analysis) -> list[str]:
 
 
 def format_field(field: dict[str, dict[str, int | None]]) -> list[str]:
-    """Return the cells of a row: 3, or 3x5 if height and width differ."""
+    """Return the cells of a row: 3, or 3x5 if height and width differ. The last is always 5x5."""
+    height, width = field.values()
     cells = []
-    for pair in zip(field["height"].values(), field["width"].values(), strict=True):
+    for pair in zip(height.values(), width.values(), strict=True):
         h, w = ("-" if n is None else str(n) for n in pair)
         cells.append(h if h == w else f"{h}x{w}")
-    return [*cells, format_size(field)]
-
-
-def format_size(field: dict[str, dict[str, int | None]]) -> str:
-    """Return the receptive field after a layer as 5x5."""
-    return f"{field['height']['r_out']}x{field['width']['r_out']}"
+    return [*cells, f"{height['r_out']}x{width['r_out']}"]
 
 
 def format_comparison(analyses: dict[str, Analysis]) -> str:
@@ -353,7 +329,7 @@ def format_comparison(analyses: dict[str, Analysis]) -> str:
     for name, analysis in analyses.items():
         fields = [field for layer in analysis.layers for field in layer.fields]
         is_known = fields and not any(layer.unknown for layer in analysis.layers)
-        size = format_size(fields[-1]) if is_known else None
+        size = format_field(fields[-1])[-1] if is_known else None
         counts = analysis.totals["parameters"], analysis.totals["macs"]
         memory = analysis.memory[-1]
         rows.append(
@@ -375,7 +351,7 @@ def centre_fields(analysis: Analysis) -> dict[str, dict[str, int]]:
     for layer in analysis.layers:
         if layer.depth <= 1:
             block = layer.name
-        for field in layer.fields[-1:]:
+        for field in layer.fields:
             top, left = (row["n_out"] // 2 * row["j_out"] - row["P_out"] for row in field.values())
             height, width = (row["r_out"] for row in field.values())
             blocks[block] = {"top": top, "left": left, "height": height, "width": width}
@@ -427,15 +403,9 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Drop what a model prints each time it runs, and show each of its warnings once."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"Warning: {message}", file=sys.stderr)
+def show_warning(message: Warning, *_: object) -> None:
+    """Print a warning without the line that it comes from."""
+    print(f"Warning: {message}", file=sys.stderr)
 
 
 def limit_memory() -> None:
@@ -451,7 +421,7 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (1024 * (free + used), hard))
 
 
-def prepare_model(name: str, args: argparse.Namespace, checkpoint: dict | None) -> nn.Module:
+def prepare_model(name: str, args: argparse.Namespace, checkpoint: dict) -> nn.Module:
     """Return a new model on the device, with the checkpoint's weights; raise ScriptError."""
     model = build_model(name).to(args.device)
     if any(map(is_lazy, nn.Module.parameters(model))):
@@ -469,11 +439,13 @@ def prepare_model(name: str, args: argparse.Namespace, checkpoint: dict | None) 
 def main() -> None:
     """Analyze model after model, and print and draw what was found."""
     args = parse_args()
+    warnings.simplefilter("once")
+    warnings.showwarning = show_warning
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # what a class compiles runs as it is
     if args.device.type == "cpu":
         limit_memory()
-    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
-    names = args.model or [checkpoint["model_name"] if checkpoint else "Model5"]
+    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
+    names = args.model or [checkpoint.get("model_name", "Model5")]
     if checkpoint and names != [checkpoint["model_name"]]:
         raise ScriptError(
             f"{args.checkpoint} holds weights of {checkpoint['model_name']}: leave out --model"
@@ -489,7 +461,8 @@ def main() -> None:
     problems = []
     for name in names:
         try:
-            with quiet():
+            # A model may print each time it runs
+            with contextlib.redirect_stdout(io.StringIO()):
                 model = prepare_model(name, args, checkpoint)
                 analysis = analyze(model, tuple(args.input_size), args.batch_size)
         except (MemoryError, RuntimeError) as error:

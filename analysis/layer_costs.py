@@ -42,7 +42,7 @@ class Layer:
     # Height and width, if it changes them
     fields: list[dict] = dataclasses.field(default_factory=list)
     unknown: str | None = None  # why the receptive field is not known
-    is_merged: bool = False  # whether another line tells of it
+    is_merged: bool = False  # whether it needs no line of its own there
 
     @property
     def label(self) -> str:
@@ -64,29 +64,24 @@ def is_layer(module: nn.Module) -> bool:
     return is_leaf and type(module).__module__.startswith("torch.nn.")
 
 
-def map_tensors(function: Callable[[Tensor], object], value: object) -> object:
-    """Return a copy of a value with function(tensor) in place of each tensor.
-
-    Tensors are looked for in lists, tuples, dicts and dataclasses.
-    """
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: map_tensors(function, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [map_tensors(function, item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = copy.copy(value)
-        vars(value).update(map_tensors(function, vars(value)))
-    return value
-
-
 def tensors_in(value: object) -> list[Tensor]:
-    """Return the tensors that `map_tensors` finds, each once."""
-    found = {}
-    map_tensors(lambda tensor: found.setdefault(id(tensor), tensor), value)
-    return list(found.values())
+    """Return the tensors in nested lists, tuples, dicts and dataclasses, each once."""
+    if isinstance(value, Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    found = [tensor for item in value for tensor in tensors_in(item)]
+    return list(dict.fromkeys(found))
+
+
+def map_tensors(function: Callable[[Tensor], object], value: object) -> object:
+    """Return a copy of a value with function(tensor) in place of each tensor in it."""
+    replaced = {id(tensor): function(tensor) for tensor in tensors_in(value)}
+    return copy.deepcopy(value, replaced)
 
 
 def address(tensor: Tensor) -> int:
@@ -135,7 +130,7 @@ class Run(TorchFunctionMode):
         except Exception as error:  # whatever a user's forward raises
             if is_out_of_memory(error):
                 raise
-            name = [type(model).__name__, *(layer.name for layer in self.running)][-1]
+            name = [self.layers[0], *self.running][-1].name
             height, width = images.shape[2:]
             mode = "" if model.training else "in evaluation mode, "
             fails = f"{name} fails on images of {height}x{width}"
@@ -174,25 +169,38 @@ class CostRun(Run):
 
     def __init__(self, model: nn.Module, images: Tensor):
         self.at_work = 0  # bytes: input and output of the largest call of a function
-        self.used = set()  # the ids of the tensors that functions are given
-        self.flops = 0
-        self.counter = nullcontext()
+        self.used = set()  # where the memory of the functions' inputs and outputs begins
+        self.counter = None
         if FlopCounterMode:
-            self.counter = FlopCounterMode(display=False, custom_mapping=attention())
+            # Attention on a CPU, for which torch's counter has no formula
+            attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+            formulas = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+            self.counter = FlopCounterMode(display=False, custom_mapping=formulas)
 
-        # Tensors kept alive, so that no address is used twice
-        self.held = [images, *nn.Module.parameters(model), *model.buffers()]
-        self.given = {address(tensor) for tensor in self.held}
-        self.seen = set(self.given)
+        # By their addresses; kept alive, so that no address is used twice
+        given = [images, *nn.Module.parameters(model), *model.buffers()]
+        self.held = {address(tensor): tensor for tensor in given}
+        self.given = set(self.held)
         super().__init__(model, images)
 
     def run(self, model: nn.Module) -> None:
         """Run forward to measure, then both ways without the hooks, which hide errors."""
-        with saved_tensors_hooks(self.keep, lambda tensor: tensor), self.counter:
+        with saved_tensors_hooks(self.keep, lambda tensor: tensor), self.counter or nullcontext():
             super().run(model)
         self.held.clear()
+        self.add_uncalled(model)
         outputs = [tensor for tensor in tensors_in(model(self.images)) if tensor.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+    def add_uncalled(self, model: nn.Module) -> None:
+        """Add the layers, and modules with parameters or buffers, that are not called."""
+        called = {layer.name for layer in self.layers}
+        for name, module in model.named_modules():
+            own = [*nn.Module.parameters(module, recurse=False), *module.buffers(recurse=False)]
+            if name and name not in called and (own or is_layer(module)):
+                is_used = any(address(tensor) in self.used for tensor in own)
+                missing = "not called itself" if is_used else "never called"
+                self.layers.append(Layer(name, 1, type(module).__name__, missing=missing))
 
     def enter(self, *args):
         """Note that a module starts to run."""
@@ -204,38 +212,29 @@ class CostRun(Run):
         self.count()
         layer = self.running[-1]
         is_unknown = isinstance(module, nn.RNNBase | nn.Bilinear) and not layer.macs
-        if is_unknown or not FlopCounterMode:
+        if is_unknown or not self.counter:
             layer.macs = None
         super().leave(name, module, args, kwargs, output)
 
     def count(self) -> None:
         """Add the operations since the last time to the module that runs."""
-        flops = self.counter.get_total_flops() if FlopCounterMode else 0
-        if self.running:
-            self.running[-1].macs += (flops - self.flops) // 2 // len(self.images)
-        self.flops = flops
+        if self.counter and self.running:
+            self.running[-1].macs += self.counter.get_total_flops() // 2 // len(self.images)
+            self.counter.flop_counts.clear()
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps, for the first of the calls that keep its memory."""
-        if tensor.dim() and address(tensor) not in self.seen:
+        if tensor.dim() and address(tensor) not in self.held:
             self.running[-1].kept += tensor.untyped_storage().nbytes()
-            self.seen.add(address(tensor))
-            self.held.append(tensor)
+            self.held[address(tensor)] = tensor
         return tensor
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Make a call of a function, and note how much it needs."""
         output = func(*args, **kwargs or {})
-        given = tensors_in((args, kwargs))
-        self.used.update(map(id, given))
-        storages = [tensor.untyped_storage() for tensor in [*given, *tensors_in(output)]]
-        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        tensors = tensors_in((args, kwargs, output))
+        sizes = {address(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+        self.used |= sizes.keys()
         work = sum(size for at, size in sizes.items() if at not in self.given)
         self.at_work = max(self.at_work, work)
         return output
-
-
-def attention() -> dict:
-    """Return the formula for attention on a CPU, which torch's counter lacks."""
-    operation = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    return {operation: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)} if operation else {}
