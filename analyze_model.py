@@ -178,15 +178,20 @@ def count_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, int | N
     uses = Counter()
     for layer in layers:
         module = modules.get(layer.name, nn.Module())  # an empty one for a function
-        own = dict(module.named_parameters(recurse=False))
-        new = {name: tensor for name, tensor in own.items() if tensor not in uses}
-        layer.parameters = count_numbers(new.values())
-        layer.bias = count_numbers(tensor for name, tensor in new.items() if "bias" in name)
-        layer.weight = layer.parameters - layer.bias
+        for name, parameter in module.named_parameters(recurse=False):
+            uses[parameter] += 1
+            if uses[parameter] > 1:
+                continue
+            if "bias" in name:
+                layer.bias += parameter.numel()
+            else:
+                layer.weight += parameter.numel()
+        for buffer in module.buffers(recurse=False):
+            uses[buffer] += 1
+            if uses[buffer] == 1:
+                layer.buffers += buffer.numel()
+        layer.parameters = layer.weight + layer.bias
         layer.share = 100 * layer.parameters / max(total, 1)
-        buffers = set(module.buffers(recurse=False))
-        layer.buffers = count_numbers(buffers - uses.keys())
-        uses.update([*own.values(), *buffers])
 
     totals = {}
     for column in [*LAYER_COLUMNS][2:]:
@@ -202,9 +207,10 @@ def add_up_memory(model: nn.Module, costs: CostRun, kept: int) -> list[Memory]:
     tensors = [*nn.Module.parameters(model)]
     trained = [tensor for tensor in tensors if tensor.requires_grad]
     parameters, trainable, buffers = (
-        sum(tensor.nbytes for tensor in part) for part in (tensors, trained, model.buffers())
+        sum(tensor.numel() * tensor.element_size() for tensor in part)
+        for part in (tensors, trained, model.buffers())
     )
-    pixels = costs.images.nbytes
+    pixels = 4 * costs.images.numel()
     labels = 8 * len(costs.images)
     memory = [
         Memory("parameters", "weights and biases", parameters, parameters),
@@ -223,13 +229,13 @@ def add_up_memory(model: nn.Module, costs: CostRun, kept: int) -> list[Memory]:
 # The report
 
 
-def format_table(rows: Iterable[Iterable[object]], text_columns: int) -> str:
-    """Align the first columns, of text, to the left and numbers to the right."""
+def format_table(rows: Iterable[Iterable[object]]) -> str:
+    """Align the first two columns, which are names, to the left and the others to the right."""
     columns = []
     for index, column in enumerate(zip(*rows, strict=True)):
         cells = [format_cell(value) for value in column]
         width = max(map(len, cells))
-        align = str.ljust if index < text_columns else str.rjust
+        align = str.ljust if index < 2 else str.rjust
         columns.append([align(cell, width) for cell in cells])
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
@@ -263,7 +269,7 @@ def format_report(name: str, analysis: Analysis) -> str:
         sizes = [f"{size:,} {size / 2**20:7.2f} MiB" for size in (part.training, part.inference)]
         memory.append([part.part, part.meaning, *sizes])
     lines.append("\nMemory of a training step (SGD with momentum) and of inference, in bytes")
-    lines.append(format_table(memory, text_columns=2))
+    lines.append(format_table(memory))
     lines += ["\nSelf-check", analysis.check]
     return "\n".join(lines)
 
@@ -271,19 +277,20 @@ def format_report(name: str, analysis: Analysis) -> str:
 def format_layers(analysis: Analysis) -> list[str]:
     """Return the tree of layers with its legend."""
     attributes = [column.lower() for column in LAYER_COLUMNS]
-    calls = Counter(
-        (layer.label, *(getattr(layer, attribute) for attribute in attributes))
-        for layer in analysis.layers
-    )
+    calls = Counter()
+    for layer in analysis.layers:
+        cells = [getattr(layer, attribute) for attribute in attributes]
+        row = ("  " * layer.depth + layer.name, *cells)
+        calls[row] += 1
     rows = [["layer", *LAYER_COLUMNS]]
-    for (label, kind, *cells), count in calls.items():
-        rows.append([label, f"{kind} x{count}" if count > 1 else kind, *cells])
+    for (name, kind, *cells), count in calls.items():
+        rows.append([name, f"{kind} x{count}" if count > 1 else kind, *cells])
     if not analysis.failure:
         totals = [analysis.totals[attribute] for attribute in attributes[2:]]
         rows.append(["total", "", "", *totals])
     trained = "trainable {trainable:,}, frozen {frozen:,}, shared by several layers {shared:,}"
     legend = [f"{column:<10} {text}" for column, text in LAYER_COLUMNS.items()]
-    return [format_table(rows, text_columns=3), trained.format(**analysis.totals), *legend]
+    return [format_table(rows), trained.format(**analysis.totals), *legend]
 
 
 def format_fields(analysis: Analysis) -> list[str]:
@@ -301,7 +308,7 @@ def format_fields(analysis: Analysis) -> list[str]:
         if not (cells or layer.is_block or layer.is_merged) and layer.output_shape:
             left_out.add(layer.name.split(".")[-1] if layer.type == "function" else layer.type)
 
-    lines = [format_table(dict.fromkeys(rows), text_columns=2)]
+    lines = [format_table(dict.fromkeys(rows))]
     lines += [f"{keys:<12} {text}" for keys, text in FIELD_COLUMNS.items()]
     for reason, names in reasons.items():
         lines.append(f"?            {reason}: {', '.join(dict.fromkeys(names))}")
@@ -335,7 +342,7 @@ def format_comparison(analyses: dict[str, Analysis]) -> str:
         rows.append(
             [name, analysis.check.split(":")[0], size, *counts, memory.training, memory.inference]
         )
-    return f"Comparison\n{format_table(rows, text_columns=2)}"
+    return f"Comparison\n{format_table(rows)}"
 
 
 # The picture
@@ -450,9 +457,9 @@ def main() -> None:
         raise ScriptError(
             f"{args.checkpoint} holds weights of {checkpoint['model_name']}: leave out --model"
         )
-    if args.image and len(names) > 1:
-        raise ScriptError(f"{args.image} is to show one model: give --model one name")
     if args.image:
+        if len(names) > 1:
+            raise ScriptError(f"{args.image} is to show one model: give --model one name")
         require_matplotlib()
         images, _ = load_mnist(args.data_dir, train=False, device=args.device)
         digit = nn.functional.interpolate(images[None, args.digit], tuple(args.input_size))
@@ -465,6 +472,7 @@ def main() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 model = prepare_model(name, args, checkpoint)
                 analysis = analyze(model, tuple(args.input_size), args.batch_size)
+                maps = module_maps(model, digit) if args.image else {}
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -486,7 +494,7 @@ def main() -> None:
         print(format_comparison(analyses))
 
     if args.image and (blocks := centre_fields(analysis)):
-        draw_receptive_fields(args.image, digit, blocks, module_maps(model, digit))
+        draw_receptive_fields(args.image, digit, blocks, maps)
     elif args.image:
         problems.append(f"{args.image} is not drawn because no receptive field is known")
     if problems:

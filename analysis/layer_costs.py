@@ -45,11 +45,6 @@ class Layer:
     is_merged: bool = False  # whether it needs no line of its own there
 
     @property
-    def label(self) -> str:
-        """The name, indented."""
-        return "  " * self.depth + self.name
-
-    @property
     def output(self) -> str:
         """The output's shape as 8x26x26, or why there is none."""
         return self.missing if self.output_shape is None else "x".join(map(str, self.output_shape))
