@@ -46,7 +46,7 @@ from models import build_model, find_model_name, model_classes
 from pictures import draw_receptive_fields, require_matplotlib
 from utils import ScriptError, describe_error, device_type, number_type, path_type, run_script
 
-# Attributes of a layer, as headers of a table
+# The attributes of a layer that the table shows, and what they are
 LAYER_COLUMNS = {
     "type": "x3: three calls like this one",
     "output": "shape for one image",
@@ -55,7 +55,7 @@ LAYER_COLUMNS = {
     "parameters": "weight and bias; those that several layers share count for the first",
     "share": "of the model's parameters",
     "buffers": "numbers that are stored but not trained",
-    "MACs": "multiply-accumulates of matrix products, per image; ? if not counted by torch",
+    "macs": "multiply-accumulates of matrix products, per image; ? if not counted by torch",
     "kept": "bytes kept for the backward pass of a batch; shared ones count for the first",
 }
 
@@ -152,18 +152,15 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int) -> A
 
 def join_layers(costs: list[Layer], layers: list[Layer]) -> list[Layer]:
     """Return the layers that evaluation calls, with their costs, then those that it does not."""
-    measured = defaultdict(list)
-    for cost in costs:
-        measured[cost.name].append(cost)
+    rest = list(costs)
     for layer in layers:
-        if measured[layer.name]:
-            cost = measured[layer.name].pop(0)
+        cost = next((cost for cost in rest if cost.name == layer.name), None)
+        if cost:
             layer.macs, layer.kept = cost.macs, cost.kept
-    for calls in measured.values():
-        for call in calls:
-            call.is_merged = True
-            layers.append(call)
-    return layers
+            rest.remove(cost)
+    for layer in rest:
+        layer.is_merged = True
+    return layers + rest
 
 
 def count_numbers(tensors: Iterable[torch.Tensor]) -> int:
@@ -195,8 +192,8 @@ def count_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, int | N
 
     totals = {}
     for column in [*LAYER_COLUMNS][2:]:
-        numbers = [getattr(layer, column.lower()) for layer in layers]
-        totals[column.lower()] = None if None in numbers else sum(numbers)
+        numbers = [getattr(layer, column) for layer in layers]
+        totals[column] = None if None in numbers else sum(numbers)
     trainable = count_numbers(tensor for tensor in parameters if tensor.requires_grad)
     shared = count_numbers(tensor for tensor in parameters if uses[tensor] > 1)
     return totals | {"trainable": trainable, "frozen": total - trainable, "shared": shared}
@@ -264,10 +261,8 @@ def format_report(name: str, analysis: Analysis) -> str:
         return "\n".join(lines)
     lines += ["\nReceptive fields", *format_fields(analysis)]
 
-    memory = [["part", "what it is", "training", "inference"]]
-    for part in analysis.memory:
-        sizes = [f"{size:,} {size / 2**20:7.2f} MiB" for size in (part.training, part.inference)]
-        memory.append([part.part, part.meaning, *sizes])
+    memory = [("part", "what it is", "training", "inference")]
+    memory += map(dataclasses.astuple, analysis.memory)
     lines.append("\nMemory of a training step (SGD with momentum) and of inference, in bytes")
     lines.append(format_table(memory))
     lines += ["\nSelf-check", analysis.check]
@@ -276,17 +271,16 @@ def format_report(name: str, analysis: Analysis) -> str:
 
 def format_layers(analysis: Analysis) -> list[str]:
     """Return the tree of layers with its legend."""
-    attributes = [column.lower() for column in LAYER_COLUMNS]
     calls = Counter()
     for layer in analysis.layers:
-        cells = [getattr(layer, attribute) for attribute in attributes]
+        cells = [getattr(layer, column) for column in LAYER_COLUMNS]
         row = ("  " * layer.depth + layer.name, *cells)
         calls[row] += 1
     rows = [["layer", *LAYER_COLUMNS]]
     for (name, kind, *cells), count in calls.items():
         rows.append([name, f"{kind} x{count}" if count > 1 else kind, *cells])
     if not analysis.failure:
-        totals = [analysis.totals[attribute] for attribute in attributes[2:]]
+        totals = [analysis.totals[column] for column in [*LAYER_COLUMNS][2:]]
         rows.append(["total", "", "", *totals])
     trained = "trainable {trainable:,}, frozen {frozen:,}, shared by several layers {shared:,}"
     legend = [f"{column:<10} {text}" for column, text in LAYER_COLUMNS.items()]
@@ -354,7 +348,6 @@ def centre_fields(analysis: Analysis) -> dict[str, dict[str, int]]:
     Some may lie beyond the edge of the image.
     """
     blocks = {}
-    block = ""
     for layer in analysis.layers:
         if layer.depth <= 1:
             block = layer.name
@@ -421,11 +414,10 @@ def limit_memory() -> None:
         import resource
 
         text = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
-        free, used = (
-            int(re.search(rf"{key}:\s+(\d+)", text)[1]) for key in ("MemAvailable", "VmData")
-        )
+        kibibytes = dict(re.findall(r"(\w+):\s+(\d+)", text))
+        limit = 1024 * (int(kibibytes["MemAvailable"]) + int(kibibytes["VmData"]))
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (1024 * (free + used), hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def prepare_model(name: str, args: argparse.Namespace, checkpoint: dict) -> nn.Module:
@@ -462,7 +454,7 @@ def main() -> None:
             raise ScriptError(f"{args.image} is to show one model: give --model one name")
         require_matplotlib()
         images, _ = load_mnist(args.data_dir, train=False, device=args.device)
-        digit = nn.functional.interpolate(images[None, args.digit], tuple(args.input_size))
+        digit = nn.functional.interpolate(images[None, args.digit], args.input_size)
 
     analyses = {}
     problems = []
