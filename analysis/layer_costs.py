@@ -42,7 +42,7 @@ class Layer:
     # Height and width, if it changes them
     fields: list[dict] = dataclasses.field(default_factory=list)
     unknown: str | None = None  # why the receptive field is not known
-    is_merged: bool = False  # whether it needs no line of its own there
+    is_merged: bool = False  # whether the receptive fields tell nothing of it
 
     @property
     def output(self) -> str:
@@ -183,9 +183,9 @@ class CostRun(Run):
         with saved_tensors_hooks(self.keep, lambda tensor: tensor), self.counter or nullcontext():
             super().run(model)
         self.held.clear()
-        self.add_uncalled(model)
         outputs = [tensor for tensor in tensors_in(model(self.images)) if tensor.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        self.add_uncalled(model)
 
     def add_uncalled(self, model: nn.Module) -> None:
         """Add the layers, and modules with parameters or buffers, that are not called."""

@@ -395,7 +395,7 @@ def test_weights_of_modules_that_are_not_called():
     model = Net(
         lambda x, a, b, c: a(x.flatten(2)) * c[0],
         MultiheadAttention(784, 2, batch_first=True),
-        Linear(2, 3),
+        Linear(2, 3, bias=False),
         nn.ParameterList([nn.Parameter(torch.ones(1))]),
     )
     layers = {layer.name: layer.output for layer in analyze_digits(model).layers}
@@ -418,7 +418,7 @@ def test_a_loop_over_the_images_is_told_in_a_few_lines(report, use):
     assert "relu() function x12 2x28x28" in lines
 
 
-def test_what_a_model_prints_and_warns(report, use):
+def test_what_a_model_prints_and_warns(report, use, tiny_data, tmp_path):
     def forward(x, a):
         print("printed")
         warnings.warn("beware", stacklevel=1)
@@ -427,6 +427,7 @@ def test_what_a_model_prints_and_warns(report, use):
     use(Net(forward, conv()))
     assert json.loads(report("--json"))
     assert report.captured.err == "Warning: beware\n"
+    assert json.loads(report("--json", "--image", tmp_path / "a.png", "--data-dir", tiny_data))
 
 
 def test_a_part_that_is_compiled(report, use, monkeypatch):
