@@ -30,7 +30,6 @@ import re
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -163,15 +162,11 @@ def join_layers(costs: list[Layer], layers: list[Layer]) -> list[Layer]:
     return layers + rest
 
 
-def count_numbers(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)
-
-
 def count_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, int | None]:
     """Enter parameters and buffers at the first layer that has them; return the totals."""
     modules = {name or type(model).__name__: module for name, module in model.named_modules()}
     parameters = [*nn.Module.parameters(model)]
-    total = count_numbers(parameters)
+    total = sum(each.numel() for each in parameters)
     uses = Counter()
     for layer in layers:
         module = modules.get(layer.name, nn.Module())  # an empty one for a function
@@ -194,8 +189,8 @@ def count_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, int | N
     for column in [*LAYER_COLUMNS][2:]:
         numbers = [getattr(layer, column) for layer in layers]
         totals[column] = None if None in numbers else sum(numbers)
-    trainable = count_numbers(tensor for tensor in parameters if tensor.requires_grad)
-    shared = count_numbers(tensor for tensor in parameters if uses[tensor] > 1)
+    trainable = sum(each.numel() for each in parameters if each.requires_grad)
+    shared = sum(each.numel() for each in parameters if uses[each] > 1)
     return totals | {"trainable": trainable, "frozen": total - trainable, "shared": shared}
 
 
@@ -226,7 +221,7 @@ def add_up_memory(model: nn.Module, costs: CostRun, kept: int) -> list[Memory]:
 # The report
 
 
-def format_table(rows: Iterable[Iterable[object]]) -> str:
+def format_table(rows: list[tuple]) -> str:
     """Align the first two columns, which are names, to the left and the others to the right."""
     columns = []
     for index, column in enumerate(zip(*rows, strict=True)):
@@ -276,12 +271,12 @@ def format_layers(analysis: Analysis) -> list[str]:
         cells = [getattr(layer, column) for column in LAYER_COLUMNS]
         row = ("  " * layer.depth + layer.name, *cells)
         calls[row] += 1
-    rows = [["layer", *LAYER_COLUMNS]]
+    rows = [("layer", *LAYER_COLUMNS)]
     for (name, kind, *cells), count in calls.items():
-        rows.append([name, f"{kind} x{count}" if count > 1 else kind, *cells])
+        rows.append((name, f"{kind} x{count}" if count > 1 else kind, *cells))
     if not analysis.failure:
         totals = [analysis.totals[column] for column in [*LAYER_COLUMNS][2:]]
-        rows.append(["total", "", "", *totals])
+        rows.append(("total", "", "", *totals))
     trained = "trainable {trainable:,}, frozen {frozen:,}, shared by several layers {shared:,}"
     legend = [f"{column:<10} {text}" for column, text in LAYER_COLUMNS.items()]
     return [format_table(rows), trained.format(**analysis.totals), *legend]
@@ -302,7 +297,7 @@ def format_fields(analysis: Analysis) -> list[str]:
         if not (cells or layer.is_block or layer.is_merged) and layer.output_shape:
             left_out.add(layer.name.split(".")[-1] if layer.type == "function" else layer.type)
 
-    lines = [format_table(dict.fromkeys(rows))]
+    lines = [format_table(list(dict.fromkeys(rows)))]
     lines += [f"{keys:<12} {text}" for keys, text in FIELD_COLUMNS.items()]
     for reason, names in reasons.items():
         lines.append(f"?            {reason}: {', '.join(dict.fromkeys(names))}")
@@ -326,16 +321,15 @@ def format_field(field: dict[str, dict[str, int | None]]) -> list[str]:
 
 def format_comparison(analyses: dict[str, Analysis]) -> str:
     """Return a table with one line a model."""
-    rows = [["model", "check", "RF", "parameters", "MACs", "training bytes", "inference bytes"]]
+    rows = [("model", "check", "RF", "parameters", "MACs", "training bytes", "inference bytes")]
     for name, analysis in analyses.items():
         fields = [field for layer in analysis.layers for field in layer.fields]
         is_known = fields and not any(layer.unknown for layer in analysis.layers)
         size = format_field(fields[-1])[-1] if is_known else None
+        check = analysis.check.split(":")[0]
         counts = analysis.totals["parameters"], analysis.totals["macs"]
         memory = analysis.memory[-1]
-        rows.append(
-            [name, analysis.check.split(":")[0], size, *counts, memory.training, memory.inference]
-        )
+        rows.append((name, check, size, *counts, memory.training, memory.inference))
     return f"Comparison\n{format_table(rows)}"
 
 
