@@ -323,9 +323,12 @@ def format_comparison(analyses: dict[str, Analysis]) -> str:
     """Return a table with one line a model."""
     rows = [("model", "check", "RF", "parameters", "MACs", "training bytes", "inference bytes")]
     for name, analysis in analyses.items():
-        fields = [field for layer in analysis.layers for field in layer.fields]
-        is_known = fields and not any(layer.unknown for layer in analysis.layers)
-        size = format_field(fields[-1])[-1] if is_known else None
+        size = None  # as in the last line of the receptive fields
+        for layer in analysis.layers:
+            for field in layer.fields:
+                size = format_field(field)[-1]
+            if layer.unknown:
+                size = None
         check = analysis.check.split(":")[0]
         counts = analysis.totals["parameters"], analysis.totals["macs"]
         memory = analysis.memory[-1]
