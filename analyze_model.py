@@ -57,6 +57,7 @@ LAYER_COLUMNS = {
     "macs": "multiply-accumulates of matrix products, per image; ? if not counted by torch",
     "kept": "bytes kept for the backward pass of a batch; shared ones count for the first",
 }
+SUMMED = [*LAYER_COLUMNS][2:]  # those of numbers, which have totals
 
 # The keys of a row, by what they are
 FIELD_COLUMNS = {
@@ -186,7 +187,7 @@ def count_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, int | N
         layer.share = 100 * layer.parameters / max(total, 1)
 
     totals = {}
-    for column in [*LAYER_COLUMNS][2:]:
+    for column in SUMMED:
         numbers = [getattr(layer, column) for layer in layers]
         totals[column] = None if None in numbers else sum(numbers)
     trainable = sum(each.numel() for each in parameters if each.requires_grad)
@@ -275,7 +276,7 @@ def format_layers(analysis: Analysis) -> list[str]:
     for (name, kind, *cells), count in calls.items():
         rows.append((name, f"{kind} x{count}" if count > 1 else kind, *cells))
     if not analysis.failure:
-        totals = [analysis.totals[column] for column in [*LAYER_COLUMNS][2:]]
+        totals = [analysis.totals[column] for column in SUMMED]
         rows.append(("total", "", "", *totals))
     trained = "trainable {trainable:,}, frozen {frozen:,}, shared by several layers {shared:,}"
     legend = [f"{column:<10} {text}" for column, text in LAYER_COLUMNS.items()]
@@ -400,11 +401,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def show_warning(message: Warning, *_: object) -> None:
-    """Print a warning without the line that it comes from."""
-    print(f"Warning: {message}", file=sys.stderr)
-
-
 def limit_memory() -> None:
     """Make allocations beyond the free memory fail; otherwise Linux kills the process."""
     with contextlib.suppress(ImportError, OSError):  # another system
@@ -435,8 +431,9 @@ def prepare_model(name: str, args: argparse.Namespace, checkpoint: dict) -> nn.M
 def main() -> None:
     """Analyze model after model, and print and draw what was found."""
     args = parse_args()
+    # What a model warns of, once and without the line that it comes from
     warnings.simplefilter("once")
-    warnings.showwarning = show_warning
+    warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr)
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # what a class compiles runs as it is
     if args.device.type == "cpu":
         limit_memory()

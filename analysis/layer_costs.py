@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-import types
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -89,9 +89,9 @@ def copy_model(model: nn.Module) -> nn.Module:
 
     These are Python modules, and tensors left over from a computation.
     """
-    values = [value for module in model.modules() for value in vars(module).values()]
-    shared = [value for value in values if isinstance(value, types.ModuleType)]
-    shared += [tensor for tensor in tensors_in(values) if not tensor.is_leaf]
+    attributes = [vars(module) for module in model.modules()]
+    computed = [tensor for tensor in tensors_in(attributes) if not tensor.is_leaf]
+    shared = [*sys.modules.values(), *computed]
     return copy.deepcopy(model, {id(value): value for value in shared})
 
 
