@@ -117,7 +117,17 @@ def load_checkpoint(path: Path, to_resume: bool = False, any_class: bool = False
         checkpoint = unpack(data)
         if epoch_in(path) not in (0, checkpoint.get("epoch")):
             raise ValueError(f"it holds epoch {checkpoint.get('epoch')}")
-        check_content(path, checkpoint, to_resume, any_class)
+        needed = ["model_name", "model_state_dict", "epoch"]
+        if to_resume:
+            needed += ["optimizer_state_dict", "best_epoch", "history", "options"]
+        missing = [key for key in needed if key not in checkpoint]
+        if missing:
+            raise ScriptError(
+                f"{path} has no {', '.join(missing)}: "
+                "another program or an older version has saved it; name another"
+            )
+        if not any_class:
+            check_states(path, checkpoint, to_resume)
     except ScriptError:
         raise
     except Exception as error:  # a file that is no checkpoint can fail anywhere
@@ -141,43 +151,26 @@ class ChangedModelError(ScriptError):
     """A checkpoint does not fit the class that it names, because the class has changed."""
 
 
-def check_content(path: Path, checkpoint: dict, to_resume: bool, any_class: bool) -> None:
-    """Raise an exception unless all parts are there, and the states fit their class and are finite.
-
-    With `any_class`, the states may be anything.
-    """
-    needed = ["model_name", "model_state_dict", "epoch"]
-    if to_resume:
-        needed += ["optimizer_state_dict", "best_epoch", "history", "options"]
-    missing = [key for key in needed if key not in checkpoint]
-    if missing:
-        raise ScriptError(
-            f"{path} has no {', '.join(missing)}: "
-            "another program or an older version has saved it; name another"
-        )
-    if any_class:
-        return
-
+def check_states(path: Path, checkpoint: dict, to_resume: bool) -> None:
+    """Raise an exception unless the weights fit their class, the optimizer them, all finite."""
     name = checkpoint["model_name"]
-    remedy = "restore the class, or give the changed one a new name, or start anew"
+    change = ""
     try:
         model = build_model(name)
-    except ScriptError as error:
-        raise ChangedModelError(f"{path} was trained with {name}, but {error}; {remedy}") from error
-    now = str(model)
-    change = describe_change(checkpoint.get("architecture", now), now)
-    try:
+        now = str(model)
+        change = describe_change(checkpoint.get("architecture", now), now)
         model.load_state_dict(checkpoint["model_state_dict"])
         if to_resume:
             optimizer = SGD(model.parameters(), lr=0.01)
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-    except (RuntimeError, ValueError) as error:
+    except (ScriptError, RuntimeError, ValueError) as error:
         key = next(iter(checkpoint["model_state_dict"]), "")
         if key.startswith(("module.", "_orig_mod.")):
             raise ScriptError(
                 f"{path} holds {key} and the like: save the model without its wrapper"
             ) from error
-        reason = f"another {name}: {change or textwrap.shorten(str(error), 300)}"
+        reason = f"{name}, but {change or textwrap.shorten(str(error), 300)}"
+        remedy = "restore the class, or give the changed one a new name, or start anew"
         raise ChangedModelError(f"{path} was trained with {reason}; {remedy}") from error
     if change and to_resume:
         print(f"Warning: {name} has changed since this run was started: {change}", file=sys.stderr)
@@ -188,7 +181,7 @@ def check_content(path: Path, checkpoint: dict, to_resume: bool, any_class: bool
                 if momentum.shape != parameter.shape:
                     raise ValueError("its optimizer is another model's")
                 tensors.append(momentum)
-    if not all(tensor.isfinite().all() for tensor in tensors if not tensor.is_sparse):
+    if not all(tensor.to_dense().isfinite().all() for tensor in tensors):
         raise ValueError("a weight or a momentum in it is not finite")
 
 

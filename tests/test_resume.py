@@ -290,7 +290,7 @@ def test_a_changed_class(train, folder, monkeypatch):
     change = r"Conv2d\(1, 6, kernel.*, bias=False\) is now .*Conv2d\(1, 6, .*"
     start = rf"\A{folder / FOUR} was trained with"
     for options in (["--resume"], ["--resume", folder / FOUR]):  # one message, not four
-        with raises(ScriptError, match=rf"{start} another Model5: .*{change}; {remedy}.*\Z"):
+        with raises(ScriptError, match=rf"{start} Model5, but .*{change}; {remedy}.*\Z"):
             train(folder, *options, "--epochs 9")
     monkeypatch.setattr(models, "model_classes", lambda: {"Model6": changed})
     monkeypatch.delattr(models, "Model5")
@@ -320,7 +320,7 @@ def test_parameters_that_became_buffers(folder, monkeypatch):
     changed = type("Model5", (models.Model5,), {"__init__": build})
     monkeypatch.setattr(models, "model_classes", lambda: {"Model5": changed})
     load_checkpoint(folder / FOUR)  # its weights fit
-    with raises(ScriptError, match=r"was trained with another Model5: .*; restore the class, or"):
+    with raises(ScriptError, match=r"was trained with Model5, but .*; restore the class, or"):
         load_checkpoint(folder / FOUR, to_resume=True)
 
 
