@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.plot:
-        require_matplotlib()
+        require_matplotlib(args.plot)
 
     lines = find_runs(args.folders)
     shared = set.intersection(*({*line["options"]} for line in lines))

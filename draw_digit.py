@@ -22,10 +22,10 @@ POLICY = "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'"
 def serve_page(read: Callable[[bytes], dict], port: int) -> None:
     """Serve the page until Ctrl-C, and open it in the browser.
 
-    `read` takes a picture file's content and returns what the page shows: `text`, what is read;
-    `message`, a string; and `digits`, a list of dicts as predict_digits.read_digits returns it.
-    Each may be missing, and `message` tells the error if `read` raises one. Port 0 is one that is
-    free. Raises ScriptError if the port cannot be used.
+    `read` takes a picture file's content and returns what the page shows, of what
+    predict_digits.read_digits returns: `text`, `message` and `digits`. Each may be missing, and
+    `message` tells the error if `read` raises one. Port 0 is one that is free. Raises ScriptError
+    if the port cannot be used.
     """
     try:
         server = PageServer(read, port)
@@ -56,7 +56,7 @@ class PageServer(ThreadingHTTPServer):
             shown = self.reader.submit(self.read, picture).result()
         except Exception as error:  # whatever the picture or a user's model causes
             shown = {"message": describe_error(error)}
-        return json.dumps(shown).encode()
+        return json.dumps(shown, default=lambda values: values.tolist()).encode()
 
 
 class PageRequest(BaseHTTPRequestHandler):

@@ -44,11 +44,10 @@ def check_model(
     images = images[:test_batch_size]
     with torch.no_grad():
         logits, again, alone = (try_batch(model, batch) for batch in (images, images, images[:1]))
-    sums = logits.sum(1)
     problem = ""
-    if logits.min() >= 0 and torch.allclose(sums, torch.ones_like(sums)):
+    if logits.min() >= 0 and abs(logits.sum(1) - 1).max() < 1e-5:
         problem = "returns probabilities, but the loss applies softmax itself: leave it out"
-    elif len(logits) > 1 and logits.equal(logits[:1].expand_as(logits)):
+    elif len(logits) > 1 and (logits == logits[0]).all():
         problem = "returns the same logits for all images: use the image in forward"
     elif not logits.equal(again):
         problem = "is random in evaluation, too: F.dropout needs training=self.training"
@@ -67,8 +66,7 @@ def try_batch(
     """
     try:
         with torch.autocast(images.device.type, torch.bfloat16) if amp else nullcontext():
-            logits = model(images.clone())  # because it may change its input in place
-        check_logits(logits, len(images))
+            logits = compute_logits(model, images)
         if labels is not None:
             F.cross_entropy(logits, labels).backward()
     except Exception as error:  # whatever a user's forward raises
@@ -87,15 +85,21 @@ def try_batch(
     return logits
 
 
-def check_logits(logits: object, count: int) -> None:
-    """Raise TypeError or ValueError unless these are finite logits (N, 10) of `count` images."""
+def compute_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits (N, CLASSES) of images (N, 1, H, W).
+
+    Raises TypeError or ValueError if the model returns anything else or if they are not finite.
+    """
+    logits = model(images.clone())  # because it may change its input in place
+    wanted = len(images), CLASSES
     if not isinstance(logits, Tensor):
-        raise TypeError(f"it returns a {type(logits).__name__}, not logits ({count}, {CLASSES})")
-    if not logits.is_floating_point() or logits.shape != (count, CLASSES):
+        raise TypeError(f"it returns a {type(logits).__name__}, not logits {wanted}")
+    if not logits.is_floating_point() or logits.shape != wanted:
         found = f"{logits.dtype} {tuple(logits.shape)}"
-        raise ValueError(f"it returns {found}, not floats ({count}, {CLASSES})")
+        raise ValueError(f"it returns {found}, not floats {wanted}")
     if not logits.isfinite().all():
-        raise ValueError("it returns NaN or infinity before any training")
+        raise ValueError("it returns NaN or infinity")
+    return logits
 
 
 def is_out_of_memory(error: Exception) -> bool:

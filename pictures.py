@@ -1,5 +1,6 @@
 """Pictures that the scripts draw when asked, most with matplotlib, an optional package."""
 
+import contextlib
 import importlib.util
 import io
 import math
@@ -15,12 +16,29 @@ from torch import Tensor
 from utils import ScriptError, write_file
 
 
-def require_matplotlib() -> None:
-    """Raise ScriptError if matplotlib is not installed."""
+def require_matplotlib(path: Path = Path("a.png")) -> None:
+    """Raise ScriptError if matplotlib is not installed or the folder of a picture is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ScriptError(
             "drawing needs matplotlib, which is not installed: pip install matplotlib"
         )
+    if not path.parent.is_dir():
+        raise ScriptError(f"cannot write {path}: its folder is missing; make it first")
+
+
+@contextlib.contextmanager
+def png_figure(path: Path, width: float, height: float):
+    """Give a matplotlib Figure, in inches, and write it as PNG once it is drawn.
+
+    Raises ScriptError if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_file(path, picture.getvalue())
 
 
 def draw_curves(path: Path, history: list[dict], title: str) -> None:
@@ -28,23 +46,18 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
 
     Raises ScriptError if the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(f"{title}: loss and error of each epoch")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    for part in "train", "val", "test":
-        if history[0][f"{part}_loss"] is not None:
-            losses = [row[f"{part}_loss"] for row in history]
-            errors = [100 - row[f"{part}_accuracy"] for row in history]
-            left.plot(epochs, losses, marker=".", label=part)
-            right.plot(epochs, errors, marker=".", label=part)
-    left.set_ylabel("loss")
-    right.set_ylabel("error, %")
-    for axes in left, right:
-        label_curves(axes)
-    save_figure(path, figure)
+    with png_figure(path, 10, 4) as figure:
+        figure.suptitle(f"{title}: loss and error of each epoch")
+        left, right = figure.subplots(1, 2)
+        epochs = [row["epoch"] for row in history]
+        for part in "train", "val", "test":
+            if history[0][f"{part}_loss"] is not None:
+                losses = [row[f"{part}_loss"] for row in history]
+                errors = [100 - row[f"{part}_accuracy"] for row in history]
+                left.plot(epochs, losses, marker=".", label=part)
+                right.plot(epochs, errors, marker=".", label=part)
+        label_curves(left, "loss")
+        label_curves(right, "error, %")
 
 
 def draw_comparison(path: Path, lines: list[dict]) -> None:
@@ -54,30 +67,27 @@ def draw_comparison(path: Path, lines: list[dict]) -> None:
     written.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.subplots()
-    axes.set_prop_cycle(color=colormaps["turbo"](np.linspace(0.05, 0.95, len(lines))))
-    for line in lines:
-        histories = [run["history"] for run in line["runs"].values()]
-        accuracies = [[row["test_accuracy"] for row in history] for history in histories]
-        errors = 100 - np.array(accuracies)  # (runs, epochs)
-        epochs = range(1, errors.shape[1] + 1)
-        label = textwrap.shorten(", ".join([line["model"], *line["options"]]), 90)
-        axes.plot(epochs, errors.mean(0), marker=".", label=label.replace("$", r"\$"))
-        axes.fill_between(epochs, errors.min(0), errors.max(0), alpha=0.2)
-    axes.set_ylabel("test error, %: mean and range over the seeds")
-    label_curves(axes)
-    save_figure(path, figure)
+    with png_figure(path, 10, 6) as figure:
+        axes = figure.subplots()
+        shades = np.linspace(0.05, 0.95, len(lines))
+        axes.set_prop_cycle(color=colormaps["turbo"](shades))
+        for line in lines:
+            histories = [run["history"] for run in line["runs"].values()]
+            accuracies = [[row["test_accuracy"] for row in history] for history in histories]
+            errors = 100 - np.array(accuracies)  # (runs, epochs)
+            epochs = range(1, errors.shape[1] + 1)
+            label = textwrap.shorten(", ".join([line["model"], *line["options"]]), 90)
+            label = label.replace("$", r"\$")  # which would start a formula
+            axes.plot(epochs, errors.mean(0), marker=".", label=label)
+            axes.fill_between(epochs, errors.min(0), errors.max(0), alpha=0.2)
+        label_curves(axes, "test error, %: mean and range over the seeds")
 
 
-def label_curves(axes: object) -> None:
+def label_curves(axes: object, ylabel: str) -> None:
     """Give a matplotlib Axes of curves by epoch a logarithmic scale, labels and a legend."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set(xlabel="epoch", yscale="log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set(xlabel="epoch", ylabel=ylabel, yscale="log")
+    axes.locator_params("x", integer=True, min_n_ticks=1)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
@@ -92,24 +102,21 @@ def draw_receptive_fields(
     rectangle. Its feature maps, drawn below it, are (C, h, w) or missing. Raises ScriptError if
     the file cannot be written.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    figure = Figure(figsize=(2.4 * len(blocks), 5.2), layout="constrained")
-    columns = figure.subplots(2, len(blocks), squeeze=False).T
-    for (axes, below), (name, field) in zip(columns, blocks.items(), strict=True):
-        corner = field["left"] - 0.5, field["top"] - 0.5  # pixel 0 reaches from -0.5 to 0.5
-        axes.imshow(image[0, 0].cpu().numpy(), cmap="gray")
-        axes.autoscale(False)  # show the image and no more
-        axes.add_patch(
-            Rectangle(corner, field["width"], field["height"], fill=False, color="red", linewidth=2)
-        )
-        axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
-        axes.set_axis_off()
-        below.set_axis_off()
-        if name in maps:
-            draw_maps(below, maps[name])
-    save_figure(path, figure)
+    with png_figure(path, 2.4 * len(blocks), 5.2) as figure:
+        columns = figure.subplots(2, len(blocks), squeeze=False).T
+        for (axes, below), (name, field) in zip(columns, blocks.items(), strict=True):
+            corner = field["left"] - 0.5, field["top"] - 0.5  # pixel 0 reaches from -0.5 to 0.5
+            size = field["width"], field["height"]
+            axes.imshow(image[0, 0].cpu().numpy(), cmap="gray")
+            axes.autoscale(False)  # show the image and no more
+            axes.add_patch(Rectangle(corner, *size, fill=False, color="red", linewidth=2))
+            axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
+            axes.set_axis_off()
+            below.set_axis_off()
+            if name in maps:
+                draw_maps(below, maps[name])
 
 
 def draw_maps(axes: object, maps: Tensor) -> None:
@@ -130,34 +137,21 @@ def draw_mistakes(path: Path, images: Tensor, labels: Tensor, probabilities: Ten
     `labels` are (N,) and `probabilities` (N, CLASSES). Raises ScriptError if the file cannot be
     written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    for i, axes in enumerate(figure.subplots(5, 8).flat):
-        axes.set_axis_off()
-        if i < len(images):
-            axes.imshow(images[i, 0].cpu().numpy(), cmap="gray")
-            shares = probabilities[i]
-            axes.set_title(f"{labels[i]} read as {shares.argmax()}, {shares.max():.0%}", fontsize=8)
-    save_figure(path, figure)
+    with png_figure(path, 10, 7) as figure:
+        for i, axes in enumerate(figure.subplots(5, 8).flat):
+            axes.set_axis_off()
+            if i < len(images):
+                axes.imshow(images[i, 0].cpu().numpy(), cmap="gray")
+                share, name = probabilities[i].max(0)
+                axes.set_title(f"{labels[i]} read as {name}, {share:.0%}", fontsize=8)
 
 
-def draw_boxes(picture: ndarray, boxes: dict[tuple, str]) -> Image.Image:
-    """Return a picture, (H, W, 3) in 0..1, with boxes and a text above each.
-
-    A box is left, top, right and bottom, as shares of the picture.
-    """
+def draw_boxes(picture: ndarray, digits: list[dict]) -> Image.Image:
+    """Return a picture, (H, W, 3) in 0..1, with the box of each digit and its name above."""
     image = Image.fromarray(np.uint8(255 * picture))
     pen = ImageDraw.Draw(image)
-    for box, text in boxes.items():
-        left, top, right, bottom = np.multiply(box, image.size * 2)
+    for digit in digits:
+        left, top, right, bottom = digit["box"] * (image.size * 2)
         pen.rectangle((left, top, right, bottom), outline="red")
-        pen.text((left, max(0, top - 12)), text, "red")
+        pen.text((left, max(0, top - 12)), digit["name"], "red")
     return image
-
-
-def save_figure(path: Path, figure: object) -> None:
-    """Write a matplotlib Figure as PNG; raise ScriptError if that fails."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    write_file(path, picture.getvalue())

@@ -28,6 +28,7 @@ Options:
 
 import argparse
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ from torch import Tensor, nn
 from checkpoints import BEST, load_checkpoint
 from digit_images import find_digits, read_picture
 from draw_digit import serve_page
-from mnist_data import CLASSES, IMAGE_SIDE, load_mnist, normalize
+from mnist_data import CLASSES, load_mnist, normalize
+from model_check import compute_logits
 from models import build_model
 from pictures import draw_boxes, draw_mistakes, require_matplotlib
 from utils import (
@@ -63,113 +65,92 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     Raises ScriptError if the model fails on them.
     """
     try:
-        # Copies, because a model may change its input in place
-        logits = torch.cat([model(batch.clone()) for batch in images.split(250)])
-        if logits.shape != (len(images), CLASSES) or not logits.isfinite().all():
-            raise ValueError(f"it does not return {CLASSES} finite numbers for each")
-        return logits
+        return torch.cat([compute_logits(model, batch) for batch in images.split(250)])
     except Exception as error:  # whatever a user's forward raises
-        reason = f"{IMAGE_SIDE}x{IMAGE_SIDE} images: {describe_error(error)}"
-        raise ScriptError(f"{type(model).__name__} fails on {reason}; fix it") from error
+        what = f"{type(model).__name__} fails on images {tuple(images.shape)}"
+        raise ScriptError(f"{what}: {describe_error(error)}; fix it") from error
 
 
-def read_digits(model: nn.Module, picture: ndarray) -> list[dict]:
+def read_digits(model: nn.Module, picture: ndarray) -> dict:
     """Return what a model reads in a picture, which is (H, W, 3), float32 in 0..1.
 
-    That is a dict of plain values for each digit, line by line: `probabilities`, one for each
-    class; `image`, 28 rows of 28 levels, which is what the model sees; `box`, the digit's left,
-    top, right and bottom as shares of the picture; and `line`, counted from 0. Raises ScriptError
-    if there is nothing to read.
+    That is the text, the answer and the message of `summarize`, and for each of the `digits`, line
+    by line: its `name`, with a question mark if that is doubtful; the `probabilities` (CLASSES,);
+    the `image` that the model sees, (28, 28); its `box`, left, top, right and bottom as shares of
+    the picture; and its `line`, counted from 0. Raises ScriptError if there is nothing to read.
     """
-    digits = find_digits(picture)
-    images = torch.from_numpy(np.stack([digit.image for digit in digits]))[:, None]
-    device = next(model.parameters()).device
-    probabilities = predict(model, normalize(images.to(device))).softmax(1)
-    size = np.array(picture.shape)[[1, 0, 1, 0]]
-    return [
-        {
-            "probabilities": shares.tolist(),
-            "image": digit.image.tolist(),
-            "box": (digit.box / size).tolist(),
-            "line": digit.line,
-        }
-        for digit, shares in zip(digits, probabilities, strict=True)
-    ]
+    found = find_digits(picture)
+    pixels = np.stack([digit.image for digit in found])
+    images = torch.tensor(pixels, device=next(model.parameters()).device)[:, None]
+    probabilities = predict(model, normalize(images)).softmax(1).cpu()
+    height, width, _ = picture.shape
+    digits = []
+    for digit, shares in zip(found, probabilities, strict=True):
+        doubt = "?" if shares.max() < SURE else ""
+        digits.append(
+            {
+                "name": f"{shares.argmax()}{doubt}",
+                "probabilities": shares,
+                "image": digit.image,
+                "box": digit.box / (width, height, width, height),
+                "line": digit.line,
+            }
+        )
+    return {"digits": digits, **summarize(digits)}
 
 
-def summarize(digits: list[dict]) -> tuple[str, str]:
-    """Return what is read, such as "123 / 47?", and a sentence on how sure it is.
+def summarize(digits: list[dict]) -> dict[str, str]:
+    """Return the text that is read, such as "123 / 47?", and how sure the network is of it.
 
-    The sentence starts with "unsure" if the network hesitates at half of the digits or more.
+    The latter is the answer. It is also the message if the network hesitates at half of the digits
+    or more.
     """
-    text = ""
-    rankings = []
-    for i, digit in enumerate(digits):
-        shares, classes = torch.tensor(digit["probabilities"]).topk(2)
-        first, second = (f"{name} ({p:.1%})" for name, p in zip(classes, shares, strict=True))
-        rankings.append((shares[0], first, second))
-        if i and digit["line"] != digits[i - 1]["line"]:
-            text += " / "
-        text += f"{classes[0]}?" if shares[0] < SURE else f"{classes[0]}"
+    lines = defaultdict(str)
+    for digit in digits:
+        lines[digit["line"]] += digit["name"]
+    text = " / ".join(lines.values())
+    unsure = 2 * text.count("?") >= len(digits)
 
-    _, first, second = min(rankings)
-    doubtful = text.count("?")
-    if 2 * doubtful < len(digits):
-        sureness = f"least sure {first}" if len(digits) > 1 else f"{first}, then {second}"
-    elif len(digits) > 1:
-        sureness = f"unsure: the network hesitates at {doubtful} of {len(digits)} digits: {text}"
+    least_sure = min(digits, key=lambda digit: digit["probabilities"].max())
+    shares, classes = least_sure["probabilities"].topk(2)
+    first, second = (f"{name} ({share:.1%})" for name, share in zip(classes, shares, strict=True))
+    if len(digits) > 1:
+        answer = f"{text}, least sure {first}"
+    elif unsure:
+        answer = f"{first} or {second}"
     else:
-        sureness = f"unsure: the network hesitates: {first} or {second}"
-    return text, sureness
+        answer = f"{first}, then {second}"
+    if unsure:
+        answer = f"unsure: the network hesitates: {answer}"
+    return {"text": text, "answer": answer, "message": answer if unsure else ""}
 
 
 def main() -> None:
     args = parse_args()
     if args.plot:
-        require_matplotlib()
-        if not args.plot.parent.is_dir():
-            raise ScriptError(f"cannot write {args.plot}: its folder is missing; make it first")
-    path = args.checkpoint or find_checkpoint()
-    model = load_model(path, args.device)
+        require_matplotlib(args.plot)
+    model = load_model(args.checkpoint, args.device)
+    print(printable(f"Reading with {args.checkpoint}"), file=sys.stderr)
     all_read = print_readings(model, args.files, args.save_prepared)
     if args.test_set or args.plot or not (args.files or args.draw):
         images, labels = load_mnist(args.data_dir, train=False, device=args.device)
         logits = predict(model, images)
         worst, text = find_mistakes(logits, labels)
-        title = f"{type(model).__name__} of {path} on the test set: "
-        print(printable(title) + text)
+        print(f"{type(model).__name__} on the test set: {text}")
         if args.plot:
             draw_mistakes(args.plot, images[worst], labels[worst], logits[worst].softmax(1))
     if args.draw:
-        serve_page(lambda data: read_for_page(model, data), args.port)
+        serve_page(lambda data: read_digits(model, read_picture(data)), args.port)
     if not all_read:
         sys.exit(1)
 
 
 def load_model(path: Path, device: torch.device) -> nn.Module:
     """Return a checkpoint's model, ready to predict; raise ScriptError if it cannot be loaded."""
-    if not path.exists():
-        raise ScriptError(f"there is no {path}: first train a model: python train_test_mnist.py")
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint["model_name"]).to(device)
     model.load_state_dict(checkpoint["model_state_dict"])
     return model.eval()
-
-
-def find_checkpoint() -> Path:
-    """Return the best checkpoint of the last training or, without one, the pretrained model."""
-    best = Path("model_checkpoints", BEST)
-    path = best if best.exists() else PRETRAINED
-    print(f"Reading with {path}", file=sys.stderr)
-    return path
-
-
-def read_for_page(model: nn.Module, data: bytes) -> dict:
-    """Return what draw_digit.html shows for a picture file's content."""
-    digits = read_digits(model, read_picture(data))
-    text, sureness = summarize(digits)
-    message = sureness if sureness.startswith("unsure") else ""
-    return {"digits": digits, "text": text, "message": message}
 
 
 def print_readings(model: nn.Module, paths: list[Path], folder: Path | None) -> bool:
@@ -181,15 +162,13 @@ def print_readings(model: nn.Module, paths: list[Path], folder: Path | None) -> 
     for number, path in enumerate(paths, 1):
         try:
             picture = read_picture(path)
-            digits = read_digits(model, picture)
-            text, answer = summarize(digits)
-            if answer.startswith("unsure"):
+            reading = read_digits(model, picture)
+            answer = reading["answer"]
+            if reading["message"]:
                 answer += "; --save-prepared FOLDER shows what the network saw"
-            elif len(digits) > 1:
-                answer = f"{text}, {answer}"
             print(printable(f"{path}: {answer}"), flush=True)
             if folder:
-                save_prepared(folder, f"{number}_{path.stem}", picture, digits)
+                save_prepared(folder, f"{number}_{path.stem}", picture, reading["digits"])
         except ScriptError as error:  # the next picture may be fine
             print(printable(f"predict_digits.py: error: {path}: {error}"), file=sys.stderr)
             all_done = False
@@ -197,21 +176,19 @@ def print_readings(model: nn.Module, paths: list[Path], folder: Path | None) -> 
 
 
 def save_prepared(folder: Path, name: str, picture: ndarray, digits: list[dict]) -> None:
-    """Save what the model sees of each digit; of several, also the picture with their boxes.
+    """Save what the model sees, side by side; of several digits, also the picture with their boxes.
 
     Raises ScriptError if a file cannot be written or is there already.
     """
-    images = {f"{name}_28x28.png": Image.fromarray(np.uint8(digits[0]["image"]))}
+    seen = np.hstack([digit["image"] for digit in digits])
+    images = {"28x28": Image.fromarray(seen)}
     if len(digits) > 1:
-        boxes = {tuple(digit["box"]): summarize([digit])[0] for digit in digits}
-        images = {f"{name}_boxes.png": draw_boxes(picture, boxes)}
-        for i, digit in enumerate(digits, 1):
-            images[f"{name}_{i}_28x28.png"] = Image.fromarray(np.uint8(digit["image"]))
+        images["boxes"] = draw_boxes(picture, digits)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file, image in images.items():
-            with (folder / file).open("xb") as stream:  # which follows no link
-                image.save(stream, "PNG")
+        for kind, image in images.items():
+            with (folder / f"{name}_{kind}.png").open("xb") as file:  # which follows no link
+                image.save(file, "PNG")
     except OSError as error:
         raise ScriptError(f"cannot save: {error}; name another folder") from error
 
@@ -249,7 +226,8 @@ def parse_args() -> argparse.Namespace:
     parser.format_help = lambda: __doc__
     add = parser.add_argument
     add("files", nargs="*", type=path_type)
-    add("--checkpoint", type=path_type)
+    best = Path("model_checkpoints", BEST)
+    add("--checkpoint", default=best if best.exists() else PRETRAINED, type=path_type)
     add("--test-set", action="store_true")
     add("--draw", action="store_true")
     add("--port", default=0, type=number_type(int, 0, 65536))

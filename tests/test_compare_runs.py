@@ -121,11 +121,11 @@ def test_a_class_that_has_changed_or_gone(add_run, compare, monkeypatch):
     assert "models.py has no model 'Mine'" in errors[0]
 
 
-def test_plot(three_lines, compare, monkeypatch):
+def test_plot(three_lines, compare, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    with patch("pictures.save_figure") as save:
-        compare("--plot", "a.png")
-    (axes,) = save.call_args.args[1].axes
+    with patch("matplotlib.figure.Figure.savefig", autospec=True) as save:
+        compare("--plot", str(tmp_path / "a.png"))
+    (axes,) = save.call_args.args[0].axes
     assert [list(line.get_ydata()) for line in axes.lines] == [[7, 8], [12.5, 14], [15]]
     assert axes.lines[1].get_label() == "Model5, lr 0.01"
     assert len({str(line.get_color()) for line in axes.lines}) == 3
@@ -138,6 +138,13 @@ def test_without_matplotlib(compare, monkeypatch):
     monkeypatch.setattr("compare_runs.find_runs", None)  # no work is done
     with raises(ScriptError, match=r"pip install matplotlib$"):
         compare("--plot", "a.png")
+
+
+def test_plot_in_a_missing_folder(compare, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.setattr("compare_runs.find_runs", None)  # no work is done
+    with raises(ScriptError, match=r"a/b\.png: its folder is missing; make it first$"):
+        compare("--plot", str(tmp_path / "a" / "b.png"))
 
 
 def test_no_runs(compare, tmp_path):

@@ -69,6 +69,7 @@ def port(tmp_path_factory):
         stderr=subprocess.PIPE,
         text=True,
     ) as script:
+        assert script.stderr.readline() == f"Reading with {TRAINED_MODEL5}\n"
         address = script.stdout.readline().split()[3]
         yield int(address.strip("/").rpartition(":")[2])
         script.send_signal(signal.SIGINT)

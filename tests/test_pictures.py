@@ -1,27 +1,26 @@
 """The pictures: the curves of a run, a model's mistakes, and the error without matplotlib."""
 
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
 from PIL import Image
 
-import pictures
-from pictures import draw_curves, draw_mistakes, require_matplotlib, save_figure
+from pictures import draw_curves, draw_mistakes, require_matplotlib
 from utils import ScriptError
 
 
 @pytest.fixture
-def draw(monkeypatch, tmp_path):
+def draw(tmp_path):
     """Return a function that draws a picture and returns its matplotlib Figure."""
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    module = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+    savefig = module.Figure.savefig
 
     def draw(draw_picture, *options):
-        figures = []
-        monkeypatch.setattr(pictures, "save_figure", lambda path, figure: figures.append(figure))
-        draw_picture(tmp_path, *options)
-        (figure,) = figures
-        save_figure(tmp_path / "a.png", figure)
+        with patch.object(module.Figure, "savefig", autospec=True, side_effect=savefig) as save:
+            draw_picture(tmp_path / "a.png", *options)
+        (figure,) = save.call_args.args[:1]
         picture = Image.open(tmp_path / "a.png")
         assert picture.format == "PNG"
         assert picture.size == tuple(150 * figure.get_size_inches())
@@ -72,3 +71,10 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ScriptError, match=r"^drawing needs matplotlib.*: pip install matplotlib$"):
         require_matplotlib()
+
+
+def test_a_missing_folder(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    require_matplotlib(tmp_path / "a.png")
+    with pytest.raises(ScriptError, match=r"a/b\.png: its folder is missing; make it first$"):
+        require_matplotlib(tmp_path / "a" / "b.png")

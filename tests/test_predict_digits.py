@@ -15,7 +15,7 @@ import models
 import predict_digits
 from checkpoints import BEST
 from digit_images import Digit, read_picture
-from predict_digits import find_mistakes, read_digits, summarize
+from predict_digits import find_mistakes, read_digits
 from utils import ScriptError
 
 # As printed for the logits of the test
@@ -75,49 +75,46 @@ def test_the_test_set(predict, best, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     output, errors = predict("--plot", tmp_path / "mistakes.png")
     accuracy = torch.load(best, weights_only=True)["test_accuracy"]
-    assert output.startswith(f"Model5 of {best} on the test set: accuracy {accuracy:.2f} %, ")
+    assert output.startswith(f"Model5 on the test set: accuracy {accuracy:.2f} %, ")
     matrix = output.replace(".", "0").splitlines()[3:13]
     right = sum(int(line.split()[1 + digit]) for digit, line in enumerate(matrix))
     assert right == round(accuracy)  # of 100 images
-    assert errors == ""
+    assert errors == f"Reading with {best}\n"
     assert (tmp_path / "mistakes.png").exists()
 
 
-def answer(*pairs: tuple, line: int = 0) -> dict:
-    """Return a reading of a digit with these probabilities, given as pairs of class and share."""
-    return {"probabilities": [dict(pairs).get(i, 0.0) for i in range(10)], "line": line}
+FOUR = {4: 0.9, 1: 0.1}
+TWO = {2: 0.7, 3: 0.3}
 
 
 @pytest.mark.parametrize(
-    ("digits", "text", "sureness"),
+    ("shares", "lines", "text", "answer"),
     [
-        ([answer((7, 0.9), (1, 0.1))], "7", "7 (90.0%), then 1 (10.0%)"),
-        (
-            [answer((7, 0.54), (1, 0.4))],
-            "7?",
-            "unsure: the network hesitates: 7 (54.0%) or 1 (40.0%)",
-        ),
-        (
-            [answer((4, 0.9)), answer((2, 0.7)), answer((0, 1.0), line=1)],
-            "42? / 0",
-            "least sure 2 (70.0%)",
-        ),
-        (
-            [answer((4, 0.9)), answer((2, 0.7))],
-            "42?",
-            "unsure: the network hesitates at 1 of 2 digits: 42?",
-        ),
+        ([FOUR], [0], "4", "4 (90.0%), then 1 (10.0%)"),
+        ([TWO], [0], "2?", "unsure: the network hesitates: 2 (70.0%) or 3 (30.0%)"),
+        ([FOUR, TWO, {0: 1}], [0, 0, 1], "42? / 0", "42? / 0, least sure 2 (70.0%)"),
+        ([FOUR, TWO], [0, 0], "42?", "unsure: the network hesitates: 42?, least sure 2 (70.0%)"),
     ],
 )
-def test_lines(digits, text, sureness):
-    assert summarize(digits) == (text, sureness)
+def test_lines(shares, lines, text, answer, monkeypatch):
+    probabilities = torch.tensor([[each.get(i, 0) for i in range(10)] for each in shares])
+    digits = [Digit(np.zeros((28, 28)), np.array([10, 5, 20, 10]), line) for line in lines]
+    monkeypatch.setattr(predict_digits, "find_digits", lambda picture: digits)
+    monkeypatch.setattr(predict_digits, "predict", lambda model, images: probabilities.log())
+    reading = read_digits(nn.Linear(1, 1), np.zeros((20, 40, 3)))
+    message = answer if answer.startswith("unsure") else ""
+    assert [reading[key] for key in ("text", "answer", "message")] == [text, answer, message]
+    for digit, expected in zip(reading["digits"], probabilities, strict=True):
+        assert digit["probabilities"].allclose(expected)
+        assert digit["box"].tolist() == [0.25, 0.25, 0.5, 0.5]
 
 
-def test_pictures(predict, tmp_path, monkeypatch):
+def test_pictures(predict, best, tmp_path, monkeypatch):
     data = bytearray(TINY_FILES["t10k-images-idx3-ubyte"])
     pixels = np.frombuffer(data, np.uint8, 784, 16).reshape(28, 28)
     label = TINY_FILES["t10k-labels-idx1-ubyte"][8]
-    digits = [Digit(pixels, (5, 10, 20, 40), 0), Digit(pixels, (30, 10, 45, 40), 1)]
+    boxes = np.array([[5, 10, 20, 40], [30, 10, 45, 40]])
+    digits = [Digit(pixels, boxes[0], 0), Digit(255 - pixels, boxes[1], 1)]
     answers = {1: digits[:1], 2: digits}
     names = tmp_path / "one.png", tmp_path / "two.png"
     for count, path in enumerate(names, 1):
@@ -130,14 +127,17 @@ def test_pictures(predict, tmp_path, monkeypatch):
     output, errors = predict(*names, "--save-prepared", seen)
     first, second = output.replace(f"{tmp_path}/", "").splitlines()
     assert re.fullmatch(rf"one\.png: {label} \(\d+\.\d%\), then \d \(\d+\.\d%\)", first)
-    assert re.fullmatch(rf"two\.png: {label} / {label}, least sure {label} \(.*%\)", second)
-    assert errors == ""
-    for name in ("1_one_28x28.png", "2_two_1_28x28.png", "2_two_2_28x28.png"):
+    assert re.fullmatch(rf"two\.png: {label} / \d, least sure \d \(.*%\)", second)
+    assert errors == f"Reading with {best}\n"
+    for name, expected in (
+        ("1_one_28x28.png", pixels),
+        ("2_two_28x28.png", np.hstack([pixels, 255 - pixels])),
+    ):
         picture = Image.open(seen / name)
         assert picture.mode == "L"
-        assert (np.asarray(picture) == pixels).all()
-    boxes = Image.open(seen / "2_two_boxes.png")
-    assert boxes.getpixel((45, 40)) == (255, 0, 0)
+        assert (np.asarray(picture) == expected).all()
+    drawn = Image.open(seen / "2_two_boxes.png")
+    assert drawn.getpixel((45, 40)) == (255, 0, 0)
 
     (seen / "1_one_28x28.png").unlink()
     victim = tmp_path / "victim"
@@ -157,7 +157,7 @@ def test_what_is_there_is_kept(predict, tmp_path, capsys):
             predict(picture, "--save-prepared", tmp_path / folder)
         output, errors = capsys.readouterr()
         assert output.startswith(f"{picture}: ")  # the answer is printed all the same
-        assert re.fullmatch(r".*: cannot save: .*File exists.*; name another folder\n", errors)
+        assert re.search(r"\n.*: cannot save: .*File exists.*; name another folder\n$", errors)
 
 
 def test_default_checkpoint(best, tmp_path, monkeypatch, capsys):
@@ -188,19 +188,18 @@ def test_own_class(predict, best, tmp_path, monkeypatch):
     picture = draw_line(tmp_path / "one.png")
     monkeypatch.setattr(predict_digits, "SURE", 0)
     output, _ = predict("--checkpoint", path, picture, "--test-set")
-    (digit,) = read_digits(model, read_picture(picture))
-    probabilities = digit["probabilities"]
-    share = max(probabilities)
-    assert output.startswith(f"{picture}: {probabilities.index(share)} ({share:.1%}), then ")
-    assert f"\nOwn of {path} on the test set: accuracy " in output
+    (digit,) = read_digits(model, read_picture(picture))["digits"]
+    share, name = digit["probabilities"].max(0)
+    assert output.startswith(f"{picture}: {name} ({share:.1%}), then ")
+    assert "\nOwn on the test set: accuracy " in output
 
 
-def test_the_page_is_served_last(predict, monkeypatch):
+def test_the_page_is_served_last(predict, best, monkeypatch):
     monkeypatch.setattr(predict_digits, "serve_page", lambda _, port: print("page on port", port))
     output, _ = predict("--test-set --draw --port 1")
     assert "on the test set: accuracy " in output
     assert output.endswith("\npage on port 1\n")
-    assert predict("--draw --data-dir none") == ("page on port 0\n", "")
+    assert predict("--draw --data-dir none") == ("page on port 0\n", f"Reading with {best}\n")
 
 
 def test_plot_in_a_missing_folder(predict, tmp_path):
@@ -209,7 +208,7 @@ def test_plot_in_a_missing_folder(predict, tmp_path):
         predict("--plot", tmp_path / "a" / "b.png", "--data-dir", tmp_path)  # told before the data
 
 
-def test_a_bad_picture_stops_no_other(predict, tmp_path, monkeypatch, capsys):
+def test_a_bad_picture_stops_no_other(predict, best, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(predict_digits, "SURE", 0)
     Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
     long = draw_line(tmp_path / ("a" * 250))  # too long with what --save-prepared adds
@@ -220,7 +219,8 @@ def test_a_bad_picture_stops_no_other(predict, tmp_path, monkeypatch, capsys):
     output, errors = capsys.readouterr()
     start = f"predict_digits.py: error: {tmp_path}"
     # A terminal would obey the escape character
-    expected = rf"""{start}/empty\.png: no ink in lines.*
+    expected = rf"""Reading with {best}
+{start}/empty\.png: no ink in lines.*
 {start}/a{{250}}: cannot save: .*name too long.*; name another folder
 {start}/none'\\x1b'\[2J: cannot be read: No such file.*
 """
@@ -231,11 +231,11 @@ def test_a_bad_picture_stops_no_other(predict, tmp_path, monkeypatch, capsys):
 
 def test_what_cannot_be_used(predict, tmp_path, monkeypatch):
     missing = tmp_path / "a.pth"
-    with raises(ScriptError, match=rf"^there is no {missing}: first train a model: python "):
+    with raises(ScriptError, match=rf"^{missing} is not an .*: .*No such file.*; name another$"):
         predict("--checkpoint", missing)
     with raises(ScriptError, match=rf"^cannot read MNIST in {tmp_path}/.*; run download_mnist\.py"):
         predict("--data-dir", tmp_path)
     monkeypatch.setattr(models.Model5, "forward", lambda self, x: torch.ones(len(x), 10) / 0)
-    message = "^Model5 fails on 28x28 images: it does not return 10 finite numbers for each; fix"
-    with raises(ScriptError, match=f"{message} it$"):
+    message = r"^Model5 fails on images \(100, 1, 28, 28\): it returns NaN or infinity; fix it$"
+    with raises(ScriptError, match=message):
         predict()
