@@ -8,7 +8,6 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from numpy import ndarray
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -77,7 +76,8 @@ def draw_comparison(path: Path, lines: list[dict]) -> None:
             accuracies = [[row["test_accuracy"] for row in history] for history in histories]
             errors = 100 - np.array(accuracies)  # (runs, epochs)
             epochs = range(1, errors.shape[1] + 1)
-            label = textwrap.shorten(", ".join([line["model"], *line["options"]]), 90)
+            words = [line["model"], *line["options"]]
+            label = textwrap.shorten(", ".join(words), 90)
             label = label.replace("$", r"\$")  # which would start a formula
             axes.plot(epochs, errors.mean(0), marker=".", label=label)
             axes.fill_between(epochs, errors.min(0), errors.max(0), alpha=0.2)
@@ -105,8 +105,9 @@ def draw_receptive_fields(
     from matplotlib.patches import Rectangle
 
     with png_figure(path, 2.4 * len(blocks), 5.2) as figure:
-        columns = figure.subplots(2, len(blocks), squeeze=False).T
-        for (axes, below), (name, field) in zip(columns, blocks.items(), strict=True):
+        above, below = figure.subplots(2, len(blocks), squeeze=False)
+        for axes, maps_axes, name in zip(above, below, blocks, strict=True):
+            field = blocks[name]
             corner = field["left"] - 0.5, field["top"] - 0.5  # pixel 0 reaches from -0.5 to 0.5
             size = field["width"], field["height"]
             axes.imshow(image[0, 0].cpu().numpy(), cmap="gray")
@@ -114,9 +115,9 @@ def draw_receptive_fields(
             axes.add_patch(Rectangle(corner, *size, fill=False, color="red", linewidth=2))
             axes.set_title(f"{name}: {field['height']}x{field['width']}", fontsize=9)
             axes.set_axis_off()
-            below.set_axis_off()
+            maps_axes.set_axis_off()
             if name in maps:
-                draw_maps(below, maps[name])
+                draw_maps(maps_axes, maps[name])
 
 
 def draw_maps(axes: object, maps: Tensor) -> None:
@@ -124,9 +125,8 @@ def draw_maps(axes: object, maps: Tensor) -> None:
     from torchvision.utils import make_grid
 
     count, height, width = maps.shape
-    # Enlarged, so that the lines between them are thin
-    large = F.interpolate(maps[:, None], scale_factor=max(1, 24 // max(height, width)))
-    grid = make_grid(large, math.ceil(count**0.5), pad_value=math.nan)
+    columns = math.ceil(count**0.5)
+    grid = make_grid(maps[:, None], columns, padding=1, pad_value=math.nan)
     axes.imshow(grid[0].numpy())
     axes.set_title(f"{count} maps of {height}x{width}", fontsize=9)
 
@@ -148,7 +148,8 @@ def draw_mistakes(path: Path, images: Tensor, labels: Tensor, probabilities: Ten
 
 def draw_boxes(picture: ndarray, digits: list[dict]) -> Image.Image:
     """Return a picture, (H, W, 3) in 0..1, with the box of each digit and its name above."""
-    image = Image.fromarray(np.uint8(255 * picture))
+    pixels = np.uint8(255 * picture)
+    image = Image.fromarray(pixels)
     pen = ImageDraw.Draw(image)
     for digit in digits:
         left, top, right, bottom = digit["box"] * (image.size * 2)

@@ -74,10 +74,11 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 def read_digits(model: nn.Module, picture: ndarray) -> dict:
     """Return what a model reads in a picture, which is (H, W, 3), float32 in 0..1.
 
-    That is the text, the answer and the message of `summarize`, and for each of the `digits`, line
-    by line: its `name`, with a question mark if that is doubtful; the `probabilities` (CLASSES,);
-    the `image` that the model sees, (28, 28); its `box`, left, top, right and bottom as shares of
-    the picture; and its `line`, counted from 0. Raises ScriptError if there is nothing to read.
+    `text` is what is read, such as "123 / 47?", and `answer` the sentence of `summarize`, which is
+    the `message`, too, if the network hesitates. Each of the `digits`, line by line, has its
+    `name`, with a question mark if that is doubtful; the `probabilities` (CLASSES,); the `image`
+    that the model sees, (28, 28); and its `box`, left, top, right and bottom as shares of the
+    picture. Raises ScriptError if there is nothing to read.
     """
     found = find_digits(picture)
     pixels = np.stack([digit.image for digit in found])
@@ -85,44 +86,40 @@ def read_digits(model: nn.Module, picture: ndarray) -> dict:
     probabilities = predict(model, normalize(images)).softmax(1).cpu()
     height, width, _ = picture.shape
     digits = []
+    lines = defaultdict(str)
     for digit, shares in zip(found, probabilities, strict=True):
-        doubt = "?" if shares.max() < SURE else ""
+        name = f"{shares.argmax()}?" if shares.max() < SURE else f"{shares.argmax()}"
+        lines[digit.line] += name
         digits.append(
             {
-                "name": f"{shares.argmax()}{doubt}",
+                "name": name,
                 "probabilities": shares,
                 "image": digit.image,
                 "box": digit.box / (width, height, width, height),
-                "line": digit.line,
             }
         )
-    return {"digits": digits, **summarize(digits)}
-
-
-def summarize(digits: list[dict]) -> dict[str, str]:
-    """Return the text that is read, such as "123 / 47?", and how sure the network is of it.
-
-    The latter is the answer. It is also the message if the network hesitates at half of the digits
-    or more.
-    """
-    lines = defaultdict(str)
-    for digit in digits:
-        lines[digit["line"]] += digit["name"]
     text = " / ".join(lines.values())
-    unsure = 2 * text.count("?") >= len(digits)
+    answer = summarize(text, probabilities)
+    message = answer if answer.startswith("unsure") else ""
+    return {"digits": digits, "text": text, "answer": answer, "message": message}
 
-    least_sure = min(digits, key=lambda digit: digit["probabilities"].max())
-    shares, classes = least_sure["probabilities"].topk(2)
+
+def summarize(text: str, probabilities: Tensor) -> str:
+    """Return a sentence on how sure a network is of a text, with probabilities (N, CLASSES).
+
+    It starts with "unsure" if the network hesitates at half of the digits or more.
+    """
+    least_sure = probabilities.amax(1).argmin()
+    shares, classes = probabilities[least_sure].topk(2)
     first, second = (f"{name} ({share:.1%})" for name, share in zip(classes, shares, strict=True))
-    if len(digits) > 1:
+    unsure = 2 * text.count("?") >= len(probabilities)
+    if len(probabilities) > 1:
         answer = f"{text}, least sure {first}"
     elif unsure:
         answer = f"{first} or {second}"
     else:
         answer = f"{first}, then {second}"
-    if unsure:
-        answer = f"unsure: the network hesitates: {answer}"
-    return {"text": text, "answer": answer, "message": answer if unsure else ""}
+    return f"unsure: the network hesitates: {answer}" if unsure else answer
 
 
 def main() -> None:
