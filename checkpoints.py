@@ -152,7 +152,10 @@ class ChangedModelError(ScriptError):
 
 
 def check_states(path: Path, checkpoint: dict, to_resume: bool) -> None:
-    """Raise an exception unless the weights fit their class, the optimizer them, all finite."""
+    """Raise an exception unless the weights fit the class and are finite.
+
+    With `to_resume`, the same goes for the optimizer's state.
+    """
     name = checkpoint["model_name"]
     change = ""
     try:

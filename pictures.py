@@ -15,14 +15,14 @@ from torch import Tensor
 from utils import ScriptError, write_file
 
 
-def require_matplotlib(path: Path = Path("a.png")) -> None:
-    """Raise ScriptError if matplotlib is not installed or the folder of a picture is missing."""
+def require_matplotlib(path: Path | None = None) -> None:
+    """Raise ScriptError if matplotlib is not installed or a picture cannot have that path."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ScriptError(
             "drawing needs matplotlib, which is not installed: pip install matplotlib"
         )
-    if not path.parent.is_dir():
-        raise ScriptError(f"cannot write {path}: its folder is missing; make it first")
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise ScriptError(f"cannot write {path}: name a file in a folder that exists")
 
 
 @contextlib.contextmanager

@@ -143,7 +143,7 @@ def test_without_matplotlib(compare, monkeypatch):
 def test_plot_in_a_missing_folder(compare, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     monkeypatch.setattr("compare_runs.find_runs", None)  # no work is done
-    with raises(ScriptError, match=r"a/b\.png: its folder is missing; make it first$"):
+    with raises(ScriptError, match=r"a/b\.png: name a file in a folder that exists$"):
         compare("--plot", str(tmp_path / "a" / "b.png"))
 
 

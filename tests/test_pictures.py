@@ -1,6 +1,7 @@
 """The pictures: the curves of a run, a model's mistakes, and the error without matplotlib."""
 
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -73,8 +74,12 @@ def test_without_matplotlib(monkeypatch):
         require_matplotlib()
 
 
-def test_a_missing_folder(tmp_path):
+def test_a_path_that_cannot_be_written(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    require_matplotlib(tmp_path / "a.png")
-    with pytest.raises(ScriptError, match=r"a/b\.png: its folder is missing; make it first$"):
-        require_matplotlib(tmp_path / "a" / "b.png")
+    monkeypatch.chdir(tmp_path)
+    for good in ("a.png", tmp_path / "a.png"):
+        require_matplotlib(Path(good))
+    for bad in ("a/b.png", ".", "/", tmp_path):
+        message = f"^cannot write {bad}: name a file in a folder that exists$"
+        with pytest.raises(ScriptError, match=message):
+            require_matplotlib(Path(bad))
