@@ -147,12 +147,15 @@ def draw_mistakes(path: Path, images: Tensor, labels: Tensor, probabilities: Ten
 
 
 def draw_boxes(picture: ndarray, digits: list[dict]) -> Image.Image:
-    """Return a picture, (H, W, 3) in 0..1, with the box of each digit and its name above."""
+    """Return a picture, (H, W, 3) in 0..1, with a box at each digit and the digit's name above it.
+
+    The digits are those of predict_digits.read_digits.
+    """
     pixels = np.uint8(255 * picture)
     image = Image.fromarray(pixels)
     pen = ImageDraw.Draw(image)
     for digit in digits:
-        left, top, right, bottom = digit["box"] * (image.size * 2)
+        left, top, right, bottom = digit["box"] * (image.size * 2)  # from shares to pixels
         pen.rectangle((left, top, right, bottom), outline="red")
         pen.text((left, max(0, top - 12)), digit["name"], "red")
     return image
