@@ -88,7 +88,8 @@ def read_digits(model: nn.Module, picture: ndarray) -> dict:
     digits = []
     lines = defaultdict(str)
     for digit, shares in zip(found, probabilities, strict=True):
-        name = f"{shares.argmax()}?" if shares.max() < SURE else f"{shares.argmax()}"
+        share, best = shares.max(0)
+        name = f"{best}?" if share < SURE else f"{best}"
         lines[digit.line] += name
         digits.append(
             {
