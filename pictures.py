@@ -143,7 +143,8 @@ def draw_mistakes(path: Path, images: Tensor, labels: Tensor, probabilities: Ten
             if i < len(images):
                 axes.imshow(images[i, 0].cpu().numpy(), cmap="gray")
                 share, name = probabilities[i].max(0)
-                axes.set_title(f"{labels[i]} read as {name}, {share:.0%}", fontsize=8)
+                title = f"{labels[i]} read as {name}, {share:.0%}"
+                axes.set_title(title, fontsize=8)
 
 
 def draw_boxes(picture: ndarray, digits: list[dict]) -> Image.Image:
