@@ -446,7 +446,7 @@ def main() -> None:
     if args.image:
         if len(names) > 1:
             raise ScriptError(f"{args.image} is to show one model: give --model one name")
-        require_matplotlib()
+        require_matplotlib(args.image)
         images, _ = load_mnist(args.data_dir, train=False, device=args.device)
         digit = nn.functional.interpolate(images[None, args.digit], args.input_size)
 
