@@ -27,14 +27,15 @@ from utils import describe_error
 
 Window = tuple[int, int, int, int]  # kernel size, stride, padding, dilation along one axis
 Size = tuple[int, int]  # rows and columns
+Units = tuple[Tensor, Tensor]  # of each number of an image, its row and its column in a map
 
 FOLLOWS = "what comes in is not known"
 CHANGED = "it was changed through another tensor that shares its memory"
 UNSEEN = "it comes from no call of a torch function that can be seen"
 INDEPENDENT = "what it returns does not depend on the image"
-EVERYTHING = -1  # the number of the replay that replaces all of an argument
 ATTEMPTS = 4  # replays of a call with other values
 LARGE = 2**14  # so many units of a map take long: fewer of them are probed
+UNCHANGED = 1, 1, 0, 1  # a window that leaves an axis as it is
 
 # The arguments of calls that declare their windows
 POOLING = "input", "kernel_size", "stride", "padding", "dilation"
@@ -69,23 +70,16 @@ class Axis(NamedTuple):
     before: "Axis | None" = None
 
 
-class Place(NamedTuple):
-    """Where a map lies in a tensor whose images have been moved to the first axis."""
-
-    row: int  # the axis of the rows; -3 if there is but one row
-    column: int  # -2 if there is but one column
-
-    # An axis that is split first: from this index on, into axes of these sizes
-    split: tuple[int, int, tuple[int, ...]] | None = None
-
-    batch: int = 0  # the axis of the images before it was moved
-
-
 class FeatureMap(NamedTuple):
-    """A map in a tensor: where it lies there, and what its units see along height and width."""
+    """A map in a tensor: where it lies there, and what its units see along height and width.
 
-    place: Place
+    `units` tells of each number of an image in which row of the map it is, and in which column; -1
+    if in none. Both can be broadcast to the shape of `images_of(tensor, batch)[0]`.
+    """
+
     axes: tuple[Axis, Axis]
+    units: tuple[Tensor, Tensor]
+    batch: int  # the tensor's axis of the images
 
     @property
     def size(self) -> Size:
@@ -105,8 +99,14 @@ NOTHING = Content()
 
 def image_map(size: Size) -> FeatureMap:
     """Return the map of images (N, 1, *size), where each unit is a pixel and sees itself."""
-    height, width = (Axis(n, 1, 1, 0, torch.eye(n) > 0) for n in size)
-    return FeatureMap(Place(2, 3), (height, width))
+    axes = tuple(Axis(n, 1, 1, 0, torch.eye(n) > 0) for n in size)
+    rows, columns = map(torch.arange, size)
+    return FeatureMap(axes, (rows.view(-1, 1, 1, 1), columns.view(-1, 1, 1)), 0)
+
+
+def images_of(tensor: Tensor, batch: int) -> Tensor:
+    """Return a view (N, the other axes, 1); the last because an image may be but one number."""
+    return tensor.movedim(batch, 0)[..., None, None]
 
 
 # The recurrences
@@ -127,10 +127,9 @@ def merge_branches(before: list[Axis], after: list[Axis]) -> Axis:
 
     A unit sees what it sees in any of them. Raises CannotFollowError.
     """
-    first = after[0]
     by_branch = torch.stack([axis.seen for axis in after])
-    has_same_numbers = all(axis[:4] == first[:4] for axis in after)
-    if has_same_numbers and (by_branch == first.seen).all():
+    first = after[0]
+    if all(axis[:4] == first[:4] for axis in after) and (by_branch == first.seen).all():
         pairs = zip(before, after, strict=True)
         _, largest = max(pairs, key=lambda pair: (pair[0].n, pair[0] is pair[1]))
         return largest
@@ -139,16 +138,16 @@ def merge_branches(before: list[Axis], after: list[Axis]) -> Axis:
         raise CannotFollowError("it puts maps side by side")
 
     seen = by_branch.any(0)
-    jumps = sorted({axis.j for axis in after})
-    if len(jumps) > 1 and not (seen == seen[0]).all():
-        raise CannotFollowError(f"branches with jumps {' and '.join(map(str, jumps))} meet")
+    j, *others = sorted({axis.j for axis in after})
+    if others:
+        if not (seen == seen[0]).all():
+            jumps = " and ".join(map(str, [j, *others]))
+            raise CannotFollowError(f"branches with jumps {jumps} meet")
+        j = 0
 
-    j = jumps[0] if len(jumps) == 1 else 0
+    # The first unit's field is so wide that the last unit's is right with jump j
+    ends = [axis.r - axis.P + (axis.n - 1) * (axis.j - j) for axis in after]
     padding = max(axis.P for axis in after)
-    ends = []  # of the first unit's field, so wide that the last unit's is right with jump j
-    for axis in after:
-        surplus = (axis.n - 1) * (axis.j - j)
-        ends.append(axis.r - axis.P + surplus)
     largest = max(before, key=lambda axis: axis[:2])
     r_in = max(axis.r for axis in before)
     padding_in = max(axis.P for axis in before)
@@ -167,37 +166,25 @@ def reads_of(window: Window, n_out: int, n_in: int) -> Tensor:
     return (offset >= 0) & (offset <= d * (k - 1)) & (offset % d == 0)
 
 
-def find_window(reads: Tensor, probed: Tensor, n_in: int, declared: Window | None) -> Window | None:
-    """Return a window that reads, of the units `probed`, those in `reads` (n_out, len(probed)).
+def find_window(reads: Tensor, probed: Tensor) -> Window | None:
+    """Return a window that may read, of the units `probed`, those in `reads` (n_out, len(probed)).
 
-    None if there is no such window, or if it is not the declared one.
+    The place with the most reads shows kernel size and dilation, because there the whole window
+    is in the map, and the next such place the stride. A single one of many, as of a running sum,
+    shows none.
     """
-    n_out = len(reads)
-    for window in [declared] if declared else possible_windows(reads, probed, n_in):
-        if reads_of(window, n_out, n_in)[:, probed].equal(reads):
-            return window
-    return None
-
-
-def possible_windows(reads: Tensor, probed: Tensor, n_in: int) -> list[Window]:
-    """Return the windows that read what the unit with the most reads does."""
     counts = reads.sum(1)
-    place = int(counts.argmax())  # where the whole window is in the map
-    units = probed[reads[place]]
-    if not len(units):
-        return []
-    first, last = int(units[0]), int(units[-1])
-    d = 1
-    if len(units) > 1:
-        d = int(units.diff().min())
-    k = (last - first) // d + 1
-
-    # The stride shows between two whole windows. A single one, as of a running sum, shows none.
-    has_two = (counts == counts[place]).sum() > 1
-    strides = range(n_in + 1) if has_two else []
-    if len(reads) == 1:
-        strides = [k]
-    return [(k, s, place * s - first, d) for s in strides]
+    places = (counts == counts.max()).nonzero().flatten().tolist()
+    units = [probed[reads[place]].tolist() for place in places[:2]]
+    if not units[0]:
+        return None
+    first = units[0][0]
+    d = int(min(np.diff(units[0]), default=1))
+    k = (units[0][-1] - first) // d + 1
+    s = k
+    if len(units) == 2:
+        s = abs(units[1][0] - first) // (places[1] - places[0])
+    return k, s, places[0] * s - first, d
 
 
 def declared_windows(call: "Call") -> list[Window] | None:
@@ -214,96 +201,52 @@ def declared_windows(call: "Call") -> list[Window] | None:
     padding, dilation = given.get("padding", 0), given.get("dilation", 1)
     if isinstance(padding, str):
         padding = np.subtract(kernel, 1) * dilation // 2 if padding == "same" else 0
-    both_axes = [0, 0]
-    settings = np.broadcast_arrays(kernel, stride, padding, dilation, both_axes)
-    return np.stack(settings[:4], axis=1).tolist()
+    settings = kernel, stride, padding, dilation
+    by_axis = [np.broadcast_to(setting, 2).tolist() for setting in settings]
+    return list(zip(*by_axis, strict=True))
 
 
 # Maps in tensors
 
 
-def as_map(tensor: Tensor, place: Place) -> Tensor:
-    """Return a view (N, rows, columns, the rest) of a tensor."""
-    tensor = tensor.movedim(place.batch, 0)
-    if place.split:
-        axis, start, sizes = place.split
-        tensor = tensor.narrow(axis, start, math.prod(sizes))
-        tensor = tensor.unflatten(axis, sizes)
-    tensor = tensor[..., None, None, None]  # in place of rows, columns or the rest that it lacks
-    return tensor.movedim((place.row, place.column), (1, 2))
-
-
 class Dependence(NamedTuple):
     """What changes in a result with each probed row, then column, of the map that goes in."""
 
-    source: FeatureMap
-    probed: tuple[Tensor, Tensor]  # the rows and the columns
-    changed: Tensor  # (rows and columns probed, *shape of one image's result) bool
+    probe: "Probe"
+    changed: Tensor  # (rows and columns probed, *shape of one image in the result) bool
+    live: Tensor  # (*shape of one image in the result) bool: what depends on the map at all
     batch: int  # the result's axis of the images
-    windows: list[Window | None]  # along height and width, if the call declares them
-    keeps_axes: bool  # whether the result has as many axes as the tensor that goes in
 
-    def read(self, place: Place) -> list[Tensor] | None:
-        """Return which rows depend on which, (rows, probed), and which columns.
+    def follow(self, units: Units) -> list[Axis] | None:
+        """Return what the rows and columns of a map with these units see.
 
         None if there is no such map.
         """
-        numbers = as_map(self.changed, place).flatten(3)
-        used = numbers.any(0)
-        counts = [len(units) for units in self.probed]
-        found = []
-        for axis, part in enumerate(numbers.split(counts)):
-            # The rows first; then the columns in their place
-            part = part.transpose(1, 1 + axis)
-            used = used.transpose(0, axis)
-            by_unit = part.any(3)
-            reads = by_unit.any(2)
-            others = used.any(2).any(0)
-            if not by_unit.equal(reads[:, :, None] & others):
-                return None
+        probe = self.probe
+        marked = mark_units(self.changed, units)
+        numbers = self.changed.flatten(1).sum(1)
+        axes, reads = [], []
+        start = 0
+        for number, axis in enumerate(probe.known.axes):
+            probed, declared = probe.probed[number], probe.windows[number]
+            part = slice(start, start + len(probed))
+            start = len(probed)
+            read = marked[part].any(2 - number).T
 
             # The numbers of a unit may see different parts of what the unit sees, as after
             # pixel_unshuffle; but if all units see the same, they must see all of it. Otherwise
             # the rows or columns of this place are channels.
-            same = reads[:, :1]
-            all_of_it = same[..., None, None] & used
-            if (reads == same).all() and not part.equal(all_of_it):
+            all_of_it = read[0] * self.changed.any(0).sum()
+            if (read == read[0]).all() and not numbers[part].equal(all_of_it):
                 return None
-            found.append(reads.T)
-        return found
-
-
-def possible_places(branches: list[Dependence]) -> list[Place]:
-    """Return where in a result a map may lie, first where one of the sources lies.
-
-    A map lies along two axes, or one, or in one axis that holds its units row by row, before or
-    after the channels. Numbers beside them that do not depend on the image, as those of a class
-    token, are left out.
-    """
-    by_branch = [branch.changed.any(0) for branch in branches]
-    live = torch.stack(by_branch).any(0)[None]
-    axes = range(live.dim() - 1, 0, -1)
-    if branches[0].windows[0]:
-        return [Place(axes[1], axes[0])]
-
-    pairs = itertools.product((-3, *axes), (-2, *axes))
-    places = [Place(row, column) for row, column in pairs if row != column]
-    sizes = {branch.source.size for branch in branches}
-    for axis in axes:
-        numbers = live.movedim(axis, 0).flatten(1)
-        alive = numbers.any(1).nonzero()
-        start, end = int(alive[0]), int(alive[-1])
-        n = len(alive)
-        factors = [(h, n // h) for h in range(1, n + 1)]
-        for h, w in [*sizes, *factors]:
-            channels = n // (h * w)
-            if channels * h * w == n == end - start + 1:
-                before, after = (channels, h, w), (h, w, channels)
-                places.append(Place(axis + 1, axis + 2, (axis, start, before)))
-                places.append(Place(axis, axis + 1, (axis, start, after)))
-
-    known = {branch.source.place[:3] for branch in branches}
-    return sorted(places, key=lambda place: place[:3] not in known)
+            window = declared or find_window(read, probed)
+            if not window:
+                return None
+            n = len(read)
+            reads.append(reads_of(window, n, axis.n))
+            is_same = not declared and window == UNCHANGED and n == axis.n
+            axes.append(axis if is_same else apply_window(axis, window, n))
+        return axes if marked.equal(expected_changes(probe.probed, *reads)) else None
 
 
 def find_map(branches: list[Dependence]) -> FeatureMap:
@@ -311,25 +254,31 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
 
     Raises CannotFollowError.
     """
-    sources = [branch.source for branch in branches if branch.keeps_axes]
-    unchanged = {(source.place[:3], source.size) for source in sources}
+    sources = [branch.probe.known for branch in branches]
+    before = list(zip(*[source.axes for source in sources], strict=True))
+    batch = branches[0].batch
     explained = []
-    for place in possible_places(branches):
-        axes = axes_at(place, branches)
-        if axes:
-            known = FeatureMap(place._replace(batch=branches[0].batch), axes)
-            if (place[:3], known.size) in unchanged:
+    for units in possible_units(branches):
+        followed = [branch.follow(units) for branch in branches]
+        if None not in followed:
+            after = zip(*followed, strict=True)
+            known = FeatureMap(tuple(map(merge_branches, before, after)), units, batch)
+            if is_known(units, sources):
                 return known
             explained.append(known)
 
     if explained:
         return min(explained, key=extent)
-    for branch in branches:
-        sees_all = all(axis.seen.all() for axis in branch.source.axes)
-        if sees_all and branch.changed.any(0).all():
-            axes = tuple(map(as_one_unit, branch.source.axes))
-            return FeatureMap(Place(-3, -2, batch=branch.batch), axes)
+    for source, branch in zip(sources, branches, strict=True):
+        if branch.live.all() and all(axis.seen.all() for axis in source.axes):
+            axes = tuple(map(as_one_unit, source.axes))
+            return FeatureMap(axes, image_map((1, 1)).units, batch)
     raise CannotFollowError("no window explains which rows and columns it reads")
+
+
+def as_one_unit(axis: Axis) -> Axis:
+    """Return what a unit sees that sees what all these units see."""
+    return axis if axis.n == 1 else apply_window(axis, (axis.n, axis.n, 0, 1), 1)
 
 
 def extent(known: FeatureMap) -> tuple[int, int]:
@@ -343,35 +292,64 @@ def extent(known: FeatureMap) -> tuple[int, int]:
     return height.r * width.r, height.n * width.n
 
 
-def as_one_unit(axis: Axis) -> Axis:
-    """Return what a unit sees that sees what all these units see."""
-    if axis.n == 1:
-        return axis
-    return apply_window(axis, (axis.n, axis.n, 0, 1), 1)
+def is_known(units: Units, sources: list[FeatureMap]) -> bool:
+    """Tell whether the units are where those of a source are."""
+    return any(all(map(Tensor.equal, units, source.units)) for source in sources)
 
 
-def axes_at(place: Place, branches: list[Dependence]) -> tuple[Axis, Axis] | None:
-    """Return what the units of a map at that place see, or None if there is no such map.
+def possible_units(branches: list[Dependence]) -> list[Units]:
+    """Return to which rows and columns of a map the numbers of a result may belong.
 
-    Raises CannotFollowError.
+    First as in a source. A map lies along two axes, or one, or in one axis that holds its units
+    row by row, before or after the channels. Numbers beside them that do not depend on the image,
+    as those of a class token, belong to none.
     """
-    found = [branch.read(place) for branch in branches]
-    if None in found:
-        return None
-    axes = []
-    for number in (0, 1):
-        before = [branch.source.axes[number] for branch in branches]
-        after = []
-        for axis, branch, both in zip(before, branches, found, strict=True):
-            reads, declared = both[number], branch.windows[number]
-            window = find_window(reads, branch.probed[number], axis.n, declared)
-            if not window:
-                return None
-            n = len(reads)
-            is_same = not declared and window == (1, 1, 0, 1) and n == axis.n
-            after.append(axis if is_same else apply_window(axis, window, n))
-        axes.append(merge_branches(before, after))
-    return tuple(axes)
+    live = torch.stack([branch.live for branch in branches]).any(0)
+    sizes = enumerate(reversed(live.shape))
+    axes = [torch.arange(n).view(-1, *[1] * position) for position, n in sizes]
+    if branches[0].probe.windows[0]:
+        return [(axes[3], axes[2])]
+
+    possible = list(itertools.permutations(axes, 2))
+    sources = [branch.probe.known for branch in branches]
+    sizes = {source.size for source in sources}
+    for axis in axes:
+        alive = live.float().sum_to_size(axis.shape) > 0
+        count = int(alive.sum())
+        factors = [(h, count // h) for h in range(1, count + 1)]
+        for h, w in [*sizes, *factors]:
+            channels, rest = divmod(count, h * w)
+            for length in () if rest else {1, channels}:
+                unit = (alive.cumsum(0) - 1) // length
+                rows = torch.where(alive, unit // w % h, -1)
+                columns = torch.where(alive, unit % w, -1)
+                possible.append((rows, columns))
+    return sorted(possible, key=lambda units: not is_known(units, sources))
+
+
+def mark_units(changed: Tensor, units: Units) -> Tensor:
+    """Return the units that hold any of the numbers `changed` (K, *shape of an image) bool.
+
+    (K, rows, columns) bool.
+    """
+    rows, columns = units
+    size = int(rows.max()) + 1, int(columns.max()) + 1
+    unit = (rows * size[1] + columns).clamp(min=0)
+    counts = [image.float().sum_to_size(unit.shape).flatten() for image in changed]
+    marked = torch.zeros(len(changed), math.prod(size))
+    marked.index_add_(1, unit.flatten(), torch.stack(counts))
+    return marked.unflatten(1, size) > 0
+
+
+def expected_changes(probed: tuple[Tensor, Tensor], rows: Tensor, columns: Tensor) -> Tensor:
+    """Return which units change with each probed row, then column: (probed, rows, columns) bool.
+
+    From what rows and columns of units read (or see), (units, read) bool.
+    """
+    probed_rows, probed_columns = probed
+    by_row = rows[:, probed_rows].T[:, :, None] & columns.any(1)
+    by_column = columns[:, probed_columns].T[:, None] & rows.any(1)[:, None]
+    return torch.cat([by_row, by_column])
 
 
 # Replays
@@ -427,27 +405,35 @@ class Probe:
     columns, only the first, the middle and the last `count` are probed.
     """
 
-    def __init__(self, call: Call, tensor: Tensor, known: FeatureMap, count: int | None = None):
+    def __init__(self, call: Call, tensor: Tensor, known: FeatureMap):
         self.call = call
         self.tensor = tensor
         self.known = known
-        self.n = tensor.shape[known.place.batch]
-        self.windows = [None, None]
-        last_axes = tensor.dim() - 2, tensor.dim() - 1
-        if known.place[:2] == last_axes:
-            self.windows = declared_windows(call) or self.windows
+        self.n = tensor.shape[known.batch]
+        self.windows = declared_windows(call) or [None, None]
+        if self.windows[0]:
+            usual = image_map(tensor.shape[-2:])
+            if not all((a == b).all() for a, b in zip(known.units, usual.units, strict=True)):
+                self.windows = [None, None]
 
-        # A declared window is only compared, and large maps take long: then fewer are probed
-        few, many = (1, 2) if self.windows[0] else (4, 10)
-        is_large = math.prod(known.size) >= LARGE
-        count = count or (few if is_large else many)
+        # Large maps take long, and a declared window is only compared
+        count = 4 if math.prod(known.size) >= LARGE else 10
+        if self.windows[0]:
+            count = 2
         self.probed = [units_to_probe(n, count) for n in known.size]
-        rows, columns = (units.tolist() for units in self.probed)
-        self.probes = [(0, row) for row in rows]
-        self.probes += [(1, column) for column in columns]
+        hidden = [
+            units == unit
+            for units, probed in zip(known.units, self.probed, strict=True)
+            for unit in probed
+        ]
 
-        # By the numbers of result and replay; the last replay replaces all of the argument
-        self.differs = defaultdict(partial(defaultdict, bool))
+        # The numbers to replace in each image of each replay; the last replay replaces all
+        step = self.n - 1
+        self.replays = [hidden[start : start + step] for start in range(0, len(hidden), step)]
+        self.replays.append([known.units[0] >= 0] * self.n)
+        self.differs = defaultdict(
+            partial(defaultdict, bool)
+        )  # by the numbers of result and replay
 
     def replay(self, attempt: int) -> bool:
         """Repeat the call with each probe; tell whether what changes is NaN.
@@ -462,23 +448,19 @@ class Probe:
         elif tensor.dtype == torch.bool:
             other = ~tensor
         else:
-            other = tensor.roll(1 + attempt, self.known.place.batch)
+            other = tensor.roll(1 + attempt, self.known.batch)
         inverted = attempt == ATTEMPTS - 1
         plain = self.call.replay(tensor, tensor, inverted)
         is_nan = True
-        step = self.n - 1
-        starts = range(0, len(self.probes), step)
-        for start in [*starts, EVERYTHING]:
-            hidden = torch.full(tensor.shape, start == EVERYTHING)
-            images = as_map(hidden, self.known.place)
-            part = self.probes[start : start + step]
-            for image, probe in enumerate(part):
-                images[image].select(*probe).fill_(True)
-            changed = torch.where(hidden, other, tensor)
+        for number, hidden in enumerate(self.replays):
+            mask = torch.zeros(tensor.shape, dtype=torch.bool)
+            for image, numbers in zip(images_of(mask, self.known.batch), hidden, strict=False):
+                image.copy_(numbers)
+            changed = torch.where(mask, other, tensor)
             shown = self.call.replay(tensor, changed, inverted)
             for index, (result, base) in enumerate(zip(shown, plain, strict=True)):
                 differs = (result != base) & (base == base)
-                self.differs[index][start] |= differs
+                self.differs[index][number] |= differs
                 is_nan &= bool((result != result)[differs].all())
         return is_nan
 
@@ -492,42 +474,23 @@ class Probe:
             return None
         reason = "it folds the batch"
         differs = torch.stack(parts)
+        count = sum(map(len, self.probed))
         for axis, size in enumerate(everything.shape):
             if size == self.n:
-                images = differs.movedim(axis + 1, 1)
-                probed, control = images.split([self.n - 1, 1], dim=1)
-                probed = probed.flatten(0, 1)
-                changed, unused = probed.tensor_split([len(self.probes)])
-                if changed.any() and not control.any() and not unused.any():
-                    keeps_axes = everything.dim() == self.tensor.dim()
-                    return Dependence(
-                        self.known, self.probed, changed, axis, self.windows, keeps_axes
-                    )
+                images = images_of(differs.movedim(axis + 1, 1), 0)
+                changed = images[:, :-1].flatten(0, 1)[:count]
+                if changed.any() and changed.sum() == differs.sum():
+                    live = images_of(everything, axis).any(0)
+                    return Dependence(self, changed, live, axis)
                 reason = "it mixes the images of a batch"
         raise CannotFollowError(reason)
 
 
 def units_to_probe(n: int, count: int) -> Tensor:
     """Return all of n rows or columns, or the first, middle and last `count` if there are more."""
-    units = torch.arange(n)
-    start = max(0, n - count) // 2
-    middle = units[start : start + count]
-    parts = [units[:count], middle, units[-count:]]
-    return torch.cat(parts).unique()
-
-
-def follow_call(call: Call, sources: list) -> tuple[list[Content], bool]:
-    """Return what each result of a call holds, from its arguments (tensor, map).
-
-    Also return whether NaN passes the call.
-    """
-    probes = [Probe(call, tensor, known) for tensor, known in sources]
-    for attempt in range(ATTEMPTS):
-        is_nan = min([probe.replay(attempt) for probe in probes])
-        contents = [find_content(probes, index) for index in probes[0].differs]
-        if all(content.map for content in contents):
-            break
-    return contents, is_nan and not attempt
+    starts = torch.tensor([[0], [(n - count) // 2], [n - count]])
+    units = starts + torch.arange(count)
+    return units.clamp(0, n - 1).unique()
 
 
 def find_content(probes: list[Probe], index: int) -> Content:
@@ -575,12 +538,11 @@ class FieldRun(Run):
     def run(self, model: nn.Module) -> None:
         """Run the model, and again to see if it is random."""
         super().run(model)
-        outputs = []
+        outputs = set()
         for _ in range(4):
             tensors = tensors_in(model(self.images))
-            outputs.append([tensor.nan_to_num() for tensor in tensors])
-        first, *others = outputs
-        if not all(all(map(Tensor.equal, first, other)) for other in others):
+            outputs.add(str([tensor.tolist() for tensor in tensors]))
+        if len(outputs) > 1:
             self.failure = "the model's output differs from run to run"
 
     def record(self, tensor: Tensor, content: Content) -> None:
@@ -616,11 +578,8 @@ class FieldRun(Run):
         start, sources = self.given.pop()
         tensors = tensors_in(output)
         contents = [self.content_of(tensor) for tensor in tensors] or [NOTHING]
-        lost = {content.unknown for content in contents} - {None}
-
-        # A layer whose own call cannot be followed needs no second try
-        has_parts = layer.is_block or FOLLOWS in lost
-        if sources and self.running and lost and has_parts:
+        is_lost = any(content.unknown for content in contents)
+        if sources and self.running and is_lost:
 
             def run_copy(*args, **kwargs):  # because a module may keep what it is given
                 return copy_model(self.twin[name])(*args, **kwargs)
@@ -685,20 +644,23 @@ class FieldRun(Run):
         self, call: Call, sources: list[tuple[Tensor, Content]], count: int
     ) -> list[Content]:
         """Return what the `count` results of a call hold."""
-        reasons = {content.unknown for _, content in sources if content.unknown}
+        reasons = {content.unknown for _, content in sources} - {None}
+        if reasons:
+            reason = min(reasons & {CHANGED, UNSEEN}, default=FOLLOWS)
+            return [Content(unknown=reason)] * count
         running, self.running = self.running, []  # so that replays are not followed
         try:
-            if reasons:
-                raise CannotFollowError([*(reasons & {CHANGED, UNSEEN}), FOLLOWS][0])
-            maps = [(tensor, content.map) for tensor, content in sources]
-            found, passes = follow_call(call, maps)
-            self.nan_passes &= passes
-        except CannotFollowError as reason:
-            found = [Content(unknown=str(reason))] * count
+            probes = [Probe(call, tensor, content.map) for tensor, content in sources]
+            for attempt in range(ATTEMPTS):
+                is_nan = min([probe.replay(attempt) for probe in probes])
+                found = [find_content(probes, index) for index in range(count)]
+                if all(content.map for content in found):
+                    break
+            self.nan_passes &= is_nan and not attempt
         except Exception as error:  # whatever a function or a module does not like about a replay
             found = [Content(unknown=f"it refuses a replay: {describe_error(error)}")] * count
         self.running = running
-        return found[:count]
+        return found
 
     def note(
         self, layer: Layer, sources: list, tensors: list[Tensor], found: list[Content]
@@ -744,14 +706,8 @@ def check_fields(run: FieldRun) -> str:
     if run.failure or not followed:
         return f"skipped: {run.failure or 'no output of a module is followed'}"
 
-    def run_twin(images: Tensor) -> list[Tensor]:
-        return nan_units(copy_model(run.twin[""]), run.returned, images)
-
-    call = Call(run_twin, (run.images,), {})
-    known = image_map(run.images.shape[2:])
-    affordable = 10 * 2**10 // math.prod(known.size)  # because a whole model takes long
-    count = max(1, min(10, affordable))
-    probe = Probe(call, run.images, known, count)
+    call = Call(partial(nan_units, run), (run.images,), {})
+    probe = Probe(call, run.images, image_map(run.images.shape[2:]))
     try:
         probe.replay(0)
     except Exception as error:  # whatever a user's forward raises in float64
@@ -766,26 +722,21 @@ def check_fields(run: FieldRun) -> str:
     return f"ok: {len(followed)} of {len(run.returned)} modules return what sees the right pixels"
 
 
-def nan_units(
-    model: nn.Module, returned: list[tuple[str, Content]], images: Tensor
-) -> list[Tensor]:
-    """Run a model and return the units (N, rows, columns) of each output that has a map.
-
-    A unit that holds any NaN is NaN, any other 0.
-    """
-    units = []
-    awaited = iter(returned)
+def nan_units(run: FieldRun, images: Tensor) -> list[Tensor]:
+    """Run the model and return the units of each map that hold NaN, (N, rows, columns) bool."""
+    found = []
+    awaited = iter(run.returned)
 
     def leave(name, module, args, kwargs, output):
         _, content = next(awaited)
         if content.map:
-            numbers = as_map(tensors_in(output)[0], content.map.place)
-            is_nan = numbers.flatten(3).isnan().any(3)
-            units.append(torch.where(is_nan, torch.nan, 0.0))
+            numbers = images_of(tensors_in(output)[0], content.map.batch)
+            found.append(mark_units(numbers.isnan(), content.map.units))
 
+    model = copy_model(run.twin[""])
     with hooks(model, lambda *_: None, leave):
         model(images)
-    return units
+    return found
 
 
 def agrees(known: FeatureMap, probe: Probe, index: int, nan_passes: bool) -> bool:
@@ -797,13 +748,8 @@ def agrees(known: FeatureMap, probe: Probe, index: int, nan_passes: bool) -> boo
         seen = probe.dependence(index)
     except CannotFollowError:
         return False
-    rows, columns = (axis.seen for axis in known.axes)  # (units, pixels)
-    probed_rows, probed_columns = probe.probed
-    any_row = rows.any(1)[:, None]
-    by_row = rows[:, probed_rows].T[:, :, None] & columns.any(1)
-    by_column = columns[:, probed_columns].T[:, None, :] & any_row
-    expected = torch.cat([by_row, by_column])
-    changed = seen.changed if seen else torch.zeros_like(expected)
+    expected = expected_changes(probe.probed, *(axis.seen for axis in known.axes))
+    changed = seen.changed.flatten(2) if seen else torch.zeros_like(expected)
     if nan_passes and not changed.equal(expected):
         return False
     surplus = changed & ~expected
@@ -817,12 +763,11 @@ def is_consistent(axis: Axis) -> bool:
     """
     n, j, r, padding, seen, *_ = axis
     width = seen.shape[1]
-    field = reads_of((r, j, padding, 1), n, width)
-    without_first = reads_of((r - 1, j, padding - 1, 1), n, width)
-    without_last = reads_of((r - 1, j, padding, 1), n, width)
-    if (seen & ~field).any():
+    starts = j * torch.arange(n)[:, None] - padding
+    is_whole = (starts >= 0) & (starts + r <= width)
+    offsets = torch.arange(width) - starts
+    inside = (offsets >= 0) & (offsets < r)
+    if (seen & ~inside).any():
         return False
-    is_whole = field.sum(1) == r
-    sees_first = (seen & ~without_first)[is_whole].any()
-    sees_last = (seen & ~without_last)[is_whole].any()
-    return bool(sees_first and sees_last) or not is_whole.any()
+    sees_ends = {0, r - 1} <= set(offsets[seen & is_whole].tolist())
+    return sees_ends or not is_whole.any()
