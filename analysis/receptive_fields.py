@@ -13,7 +13,7 @@ Convolutional Neural Networks", Distill 2019.
 
 import itertools
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -33,7 +33,7 @@ FOLLOWS = "what comes in is not known"
 CHANGED = "it was changed through another tensor that shares its memory"
 UNSEEN = "it comes from no call of a torch function that can be seen"
 INDEPENDENT = "what it returns does not depend on the image"
-ATTEMPTS = 4  # replays of a call with other values
+ATTEMPTS = 3  # replays of a call with other values
 LARGE = 2**14  # so many units of a map take long: fewer of them are probed
 UNCHANGED = 1, 1, 0, 1  # a window that leaves an axis as it is
 
@@ -63,11 +63,15 @@ class Axis(NamedTuple):
     j: int  # jump: pixels from one unit to the next; 0 if all see the same
     r: int  # receptive field of a unit, in pixels
     P: int  # accumulated padding: pixels by which the first unit's field passes the image's edge
-    seen: Tensor  # (n, image size) bool: the pixels, without padding and the gaps of dilation
+    pixels: int  # size of the image
 
     # The call that made it: its window, None if branches meet, and the axis before it
     window: Window | None = None
     before: "Axis | None" = None
+
+    def fields(self) -> Tensor:
+        """Return the pixels in each unit's receptive field, (n, pixels) bool."""
+        return reads_of((self.r, self.j, self.P, 1), self.n, self.pixels)
 
 
 class FeatureMap(NamedTuple):
@@ -99,7 +103,7 @@ NOTHING = Content()
 
 def image_map(size: Size) -> FeatureMap:
     """Return the map of images (N, 1, *size), where each unit is a pixel and sees itself."""
-    axes = tuple(Axis(n, 1, 1, 0, torch.eye(n) > 0) for n in size)
+    axes = tuple(Axis(n, 1, 1, 0, n) for n in size)
     rows, columns = map(torch.arange, size)
     return FeatureMap(axes, (rows.view(-1, 1, 1, 1), columns.view(-1, 1, 1)), 0)
 
@@ -116,10 +120,8 @@ def apply_window(axis: Axis, window: Window, n: int) -> Axis:
     """Return what the units see after a window that stops at n places."""
     k, s, p, d = window
     r = axis.r + d * (k - 1) * axis.j
-    reads = reads_of(window, n, axis.n)
-    seen = (reads.float() @ axis.seen.float()) > 0
     padding = axis.P + p * axis.j
-    return Axis(n, axis.j * s, r, padding, seen, window, axis)
+    return Axis(n, axis.j * s, r, padding, axis.pixels, window, axis)
 
 
 def merge_branches(before: list[Axis], after: list[Axis]) -> Axis:
@@ -127,20 +129,16 @@ def merge_branches(before: list[Axis], after: list[Axis]) -> Axis:
 
     A unit sees what it sees in any of them. Raises CannotFollowError.
     """
-    by_branch = torch.stack([axis.seen for axis in after])
     first = after[0]
-    if all(axis[:4] == first[:4] for axis in after) and (by_branch == first.seen).all():
+    if all(axis[:4] == first[:4] for axis in after):
         pairs = zip(before, after, strict=True)
         _, largest = max(pairs, key=lambda pair: (pair[0].n, pair[0] is pair[1]))
         return largest
 
-    if not by_branch.any(2).all(0).any():
-        raise CannotFollowError("it puts maps side by side")
-
-    seen = by_branch.any(0)
     j, *others = sorted({axis.j for axis in after})
     if others:
-        if not (seen == seen[0]).all():
+        fields = torch.stack([axis.fields() for axis in after]).any(0)
+        if not (fields == fields[0]).all():
             jumps = " and ".join(map(str, [j, *others]))
             raise CannotFollowError(f"branches with jumps {jumps} meet")
         j = 0
@@ -152,7 +150,7 @@ def merge_branches(before: list[Axis], after: list[Axis]) -> Axis:
     r_in = max(axis.r for axis in before)
     padding_in = max(axis.P for axis in before)
     largest = largest._replace(r=r_in, P=padding_in)
-    return Axis(first.n, j, max(ends) + padding, padding, seen, None, largest)
+    return Axis(first.n, j, max(ends) + padding, padding, first.pixels, None, largest)
 
 
 # Windows
@@ -224,29 +222,34 @@ class Dependence(NamedTuple):
         """
         probe = self.probe
         marked = mark_units(self.changed, units)
+        used = marked.any(0)
         numbers = self.changed.flatten(1).sum(1)
-        axes, reads = [], []
-        start = 0
-        for number, axis in enumerate(probe.known.axes):
-            probed, declared = probe.probed[number], probe.windows[number]
-            part = slice(start, start + len(probed))
-            start = len(probed)
-            read = marked[part].any(2 - number).T
+        counts = [len(probed) for probed in probe.probed]
+        axes = []
+        for number, part in enumerate(marked.split(counts)):
+            axis, probed, declared = (
+                probe.known.axes[number],
+                probe.probed[number],
+                probe.windows[number],
+            )
+            by_unit = part.any(2 - number, keepdim=True)
+            if not part.equal(by_unit & used.any(number, keepdim=True)):
+                return None
+            read = by_unit.flatten(1).T
 
             # The numbers of a unit may see different parts of what the unit sees, as after
             # pixel_unshuffle; but if all units see the same, they must see all of it. Otherwise
             # the rows or columns of this place are channels.
             all_of_it = read[0] * self.changed.any(0).sum()
-            if (read == read[0]).all() and not numbers[part].equal(all_of_it):
-                return None
-            window = declared or find_window(read, probed)
-            if not window:
+            if (read == read[0]).all() and not numbers.split(counts)[number].equal(all_of_it):
                 return None
             n = len(read)
-            reads.append(reads_of(window, n, axis.n))
+            window = declared or find_window(read, probed)
+            if not window or not reads_of(window, n, axis.n)[:, probed].equal(read):
+                return None
             is_same = not declared and window == UNCHANGED and n == axis.n
             axes.append(axis if is_same else apply_window(axis, window, n))
-        return axes if marked.equal(expected_changes(probe.probed, *reads)) else None
+        return axes
 
 
 def find_map(branches: list[Dependence]) -> FeatureMap:
@@ -261,6 +264,9 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
     for units in possible_units(branches):
         followed = [branch.follow(units) for branch in branches]
         if None not in followed:
+            parts = [mark_units(branch.live[None], units) for branch in branches]
+            if not torch.cat(parts).all(0).any():
+                raise CannotFollowError("it puts maps side by side")
             after = zip(*followed, strict=True)
             known = FeatureMap(tuple(map(merge_branches, before, after)), units, batch)
             if is_known(units, sources):
@@ -270,7 +276,7 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
     if explained:
         return min(explained, key=extent)
     for source, branch in zip(sources, branches, strict=True):
-        if branch.live.all() and all(axis.seen.all() for axis in source.axes):
+        if branch.live.all() and all(axis.fields().all() for axis in source.axes):
             axes = tuple(map(as_one_unit, source.axes))
             return FeatureMap(axes, image_map((1, 1)).units, batch)
     raise CannotFollowError("no window explains which rows and columns it reads")
@@ -341,17 +347,6 @@ def mark_units(changed: Tensor, units: Units) -> Tensor:
     return marked.unflatten(1, size) > 0
 
 
-def expected_changes(probed: tuple[Tensor, Tensor], rows: Tensor, columns: Tensor) -> Tensor:
-    """Return which units change with each probed row, then column: (probed, rows, columns) bool.
-
-    From what rows and columns of units read (or see), (units, read) bool.
-    """
-    probed_rows, probed_columns = probed
-    by_row = rows[:, probed_rows].T[:, :, None] & columns.any(1)
-    by_column = columns[:, probed_columns].T[:, None] & rows.any(1)[:, None]
-    return torch.cat([by_row, by_column])
-
-
 # Replays
 
 
@@ -380,9 +375,8 @@ class Call(NamedTuple):
             return copies[-1]
 
         args, kwargs = map_tensors(copy_of, (self.args, self.kwargs))
-        state = torch.get_rng_state()
-        output = self.func(*args, **kwargs)
-        torch.set_rng_state(state)
+        with torch.random.fork_rng(devices=[]):
+            output = self.func(*args, **kwargs)
         return tensors_in([output, changed_in(copies, [0] * len(copies))])
 
 
@@ -438,18 +432,18 @@ class Probe:
     def replay(self, attempt: int) -> bool:
         """Repeat the call with each probe; tell whether what changes is NaN.
 
-        If NaN does not pass, other values show more; then NaN again, with masks inverted, because
-        a number that is not chosen does not show.
+        If NaN does not pass, other values show more; and masks are inverted, because a number that
+        is not chosen does not show.
         """
         tensor = self.tensor
-        values = torch.nan, 1e4, -1e4, torch.nan
+        values = torch.nan, 1e4, -1e4
         if tensor.is_floating_point():
             other = tensor.new_tensor(values[attempt])
         elif tensor.dtype == torch.bool:
             other = ~tensor
         else:
             other = tensor.roll(1 + attempt, self.known.batch)
-        inverted = attempt == ATTEMPTS - 1
+        inverted = attempt > 0
         plain = self.call.replay(tensor, tensor, inverted)
         is_nan = True
         for number, hidden in enumerate(self.replays):
@@ -524,8 +518,7 @@ class FieldRun(Run):
 
         # Tensors by their ids, kept alive so that no id is used twice: what each holds, and how
         # often its memory had changed then
-        self.contents: dict[int, tuple[Tensor, Content, int]] = {}
-        self.changes = Counter()
+        self.contents: dict[int, tuple[Tensor, Content]] = {}
         for tensor in tensors_in([vars(module) for module in model.modules()]):
             self.record(tensor, NOTHING)
         self.record(images, Content(image_map(size)))
@@ -547,18 +540,14 @@ class FieldRun(Run):
 
     def record(self, tensor: Tensor, content: Content) -> None:
         """Note what a tensor holds."""
-        changes = self.changes[address(tensor)]
-        self.contents[id(tensor)] = tensor, content, changes
+        self.contents[id(tensor)] = tensor, content
 
     def content_of(self, tensor: Tensor) -> Content:
         """Return what a tensor holds of the images."""
         if id(tensor) not in self.contents:
             is_batch = len(self.images) in tensor.shape
             return Content(unknown=UNSEEN) if is_batch else NOTHING
-        _, content, changes = self.contents[id(tensor)]
-        if changes != self.changes[address(tensor)]:
-            return Content(unknown=CHANGED)
-        return content
+        return self.contents[id(tensor)][1]
 
     def sources_in(self, value: object) -> list[tuple[Tensor, Content]]:
         """Return the tensors in a value that hold something of the images."""
@@ -622,7 +611,9 @@ class FieldRun(Run):
             for tensor in tensors:
                 self.record(tensor, NOTHING)
         elif tensors:
-            self.changes.update(changed.keys())
+            for tensor, _ in list(self.contents.values()):
+                if address(tensor) in changed:
+                    self.record(tensor, Content(unknown=CHANGED))
             layer = self.running[-1]
             if layer.is_block:
                 layer = self.add_function(func, output)
@@ -748,26 +739,18 @@ def agrees(known: FeatureMap, probe: Probe, index: int, nan_passes: bool) -> boo
         seen = probe.dependence(index)
     except CannotFollowError:
         return False
-    expected = expected_changes(probe.probed, *(axis.seen for axis in known.axes))
-    changed = seen.changed.flatten(2) if seen else torch.zeros_like(expected)
-    if nan_passes and not changed.equal(expected):
-        return False
-    surplus = changed & ~expected
-    return not surplus.any() and all(map(is_consistent, known.axes))
-
-
-def is_consistent(axis: Axis) -> bool:
-    """Tell whether jump, receptive field and accumulated padding say what the units see.
-
-    No unit sees more. Those that read no padding do not all see less, at either end.
-    """
-    n, j, r, padding, seen, *_ = axis
-    width = seen.shape[1]
-    starts = j * torch.arange(n)[:, None] - padding
-    is_whole = (starts >= 0) & (starts + r <= width)
-    offsets = torch.arange(width) - starts
-    inside = (offsets >= 0) & (offsets < r)
-    if (seen & ~inside).any():
-        return False
-    sees_ends = {0, r - 1} <= set(offsets[seen & is_whole].tolist())
-    return sees_ends or not is_whole.any()
+    if not seen:
+        return not nan_passes
+    changed = seen.changed.flatten(2).split([len(probed) for probed in probe.probed])
+    for number, (axis, part) in enumerate(zip(known.axes, changed, strict=True)):
+        probed = probe.probed[number]
+        sees = part.any(2 - number).T
+        if (sees & ~axis.fields()[:, probed]).any():
+            return False
+        starts = axis.j * torch.arange(axis.n)[:, None] - axis.P
+        is_whole = (starts >= 0) & (starts + axis.r <= axis.pixels)
+        for end in (0, axis.r - 1):
+            at_end = (probed == starts + end) & is_whole
+            if nan_passes and at_end.any() and not sees[at_end].any():
+                return False
+    return True

@@ -542,7 +542,7 @@ MISTAKES = {
     "dilation": lambda axis: {"r": axis.before.r + 2 * axis.before.j},
     "one pixel more": lambda axis: {"r": axis.r + 1},
     "stride": lambda axis: {"j": 2},
-    "another pixel": lambda axis: {"seen": axis.seen.roll(1, 1)},
+    "another pixel": lambda axis: {"P": axis.P + 1},
 }
 
 
