@@ -573,7 +573,7 @@ class FieldRun(Run):
             def run_copy(*args, **kwargs):  # because a module may keep what it is given
                 return copy_model(self.twin[name])(*args, **kwargs)
 
-            whole = self.follow(Call(run_copy, args, kwargs), sources, len(tensors))
+            whole = self.follow(Call(run_copy, args, kwargs), sources)
             if whole[0].map:
                 for inner in self.layers[start - 1 :]:
                     inner.unknown, inner.is_merged = None, inner is not layer
@@ -595,29 +595,24 @@ class FieldRun(Run):
         if not self.running:
             return func(*args, **kwargs)
 
-        # Replay with the shapes before the call, which may change them in place
         given = tensors_in((args, kwargs))
-        before = {id(tensor): tensor.detach() for tensor in given}
-        arguments = map_tensors(lambda tensor: before[id(tensor)], (args, kwargs))
-        call = Call(func, *arguments)
         sources = self.sources_in(given)
-        sources = [(before[id(tensor)], content) for tensor, content in sources]
+        found = self.follow(Call(func, args, kwargs), sources)  # before it changes what it is given
         versions = [tensor._version for tensor in given]
         output = func(*args, **kwargs)
         changed = changed_in(given, versions)
+        for tensor, _ in list(self.contents.values()):
+            if address(tensor) in changed:
+                self.record(tensor, Content(unknown=CHANGED))
         tensors = tensors_in([output, changed])
         is_assertion = any(each.dtype == torch.bool and not each.dim() for each in tensors[:1])
         if not sources or is_assertion:
             for tensor in tensors:
                 self.record(tensor, NOTHING)
         elif tensors:
-            for tensor, _ in list(self.contents.values()):
-                if address(tensor) in changed:
-                    self.record(tensor, Content(unknown=CHANGED))
             layer = self.running[-1]
             if layer.is_block:
                 layer = self.add_function(func, output)
-            found = self.follow(call, sources, len(tensors))
             self.note(layer, sources, tensors, found)
         return output
 
@@ -631,25 +626,25 @@ class FieldRun(Run):
         self.layers.append(layer)
         return layer
 
-    def follow(
-        self, call: Call, sources: list[tuple[Tensor, Content]], count: int
-    ) -> list[Content]:
-        """Return what the `count` results of a call hold."""
+    def follow(self, call: Call, sources: list[tuple[Tensor, Content]]) -> list[Content]:
+        """Return what the results of a call hold, or why that is not known of any."""
+        if not sources:
+            return [NOTHING]
         reasons = {content.unknown for _, content in sources} - {None}
         if reasons:
             reason = min(reasons & {CHANGED, UNSEEN}, default=FOLLOWS)
-            return [Content(unknown=reason)] * count
+            return [Content(unknown=reason)]
         running, self.running = self.running, []  # so that replays are not followed
         try:
             probes = [Probe(call, tensor, content.map) for tensor, content in sources]
             for attempt in range(ATTEMPTS):
                 is_nan = min([probe.replay(attempt) for probe in probes])
-                found = [find_content(probes, index) for index in range(count)]
+                found = [find_content(probes, index) for index in probes[0].differs]
                 if all(content.map for content in found):
                     break
             self.nan_passes &= is_nan and not attempt
         except Exception as error:  # whatever a function or a module does not like about a replay
-            found = [Content(unknown=f"it refuses a replay: {describe_error(error)}")] * count
+            found = [Content(unknown=f"it refuses a replay: {describe_error(error)}")]
         self.running = running
         return found
 
@@ -660,7 +655,7 @@ class FieldRun(Run):
 
         The line tells of the first result that comes from the images.
         """
-        for tensor, content in zip(tensors, found, strict=True):
+        for tensor, content in zip(tensors, itertools.cycle(found), strict=False):
             self.record(tensor, content)
         known, unknown = next(filter(any, found), NOTHING)
         layer.unknown = layer.unknown or unknown
@@ -741,16 +736,13 @@ def agrees(known: FeatureMap, probe: Probe, index: int, nan_passes: bool) -> boo
         return False
     if not seen:
         return not nan_passes
-    changed = seen.changed.flatten(2).split([len(probed) for probed in probe.probed])
-    for number, (axis, part) in enumerate(zip(known.axes, changed, strict=True)):
-        probed = probe.probed[number]
-        sees = part.any(2 - number).T
-        if (sees & ~axis.fields()[:, probed]).any():
-            return False
+    parts = seen.changed.flatten(2).split([len(probed) for probed in probe.probed])
+    for number, (axis, part) in enumerate(zip(known.axes, parts, strict=True)):
         starts = axis.j * torch.arange(axis.n)[:, None] - axis.P
+        offsets = probe.probed[number] - starts
+        seen = set(offsets[part.any(2 - number).T].tolist())
         is_whole = (starts >= 0) & (starts + axis.r <= axis.pixels)
-        for end in (0, axis.r - 1):
-            at_end = (probed == starts + end) & is_whole
-            if nan_passes and at_end.any() and not sees[at_end].any():
-                return False
+        ends = {0, axis.r - 1} & set(offsets[is_whole.flatten()].flatten().tolist())
+        if not seen <= {*range(axis.r)} or nan_passes and not ends <= seen:
+            return False
     return True
