@@ -14,7 +14,7 @@ Convolutional Neural Networks", Distill 2019.
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -105,12 +105,12 @@ def image_map(size: Size) -> FeatureMap:
     """Return the map of images (N, 1, *size), where each unit is a pixel and sees itself."""
     axes = tuple(Axis(n, 1, 1, 0, n) for n in size)
     rows, columns = map(torch.arange, size)
-    return FeatureMap(axes, (rows.view(-1, 1, 1, 1), columns.view(-1, 1, 1)), 0)
+    return FeatureMap(axes, (rows[:, None], columns), 0)
 
 
 def images_of(tensor: Tensor, batch: int) -> Tensor:
-    """Return a view (N, the other axes, 1); the last because an image may be but one number."""
-    return tensor.movedim(batch, 0)[..., None, None]
+    """Return a view (N, 1, 1, *the other axes), with axes for rows and columns that it lacks."""
+    return tensor.movedim(batch, 0)[:, None, None]
 
 
 # The recurrences
@@ -269,8 +269,8 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
                 raise CannotFollowError("it puts maps side by side")
             after = zip(*followed, strict=True)
             known = FeatureMap(tuple(map(merge_branches, before, after)), units, batch)
-            if is_known(units, sources):
-                return known
+            if any(all(map(Tensor.equal, units, source.units)) for source in sources):
+                return known  # nothing has moved
             explained.append(known)
 
     if explained:
@@ -298,39 +298,33 @@ def extent(known: FeatureMap) -> tuple[int, int]:
     return height.r * width.r, height.n * width.n
 
 
-def is_known(units: Units, sources: list[FeatureMap]) -> bool:
-    """Tell whether the units are where those of a source are."""
-    return any(all(map(Tensor.equal, units, source.units)) for source in sources)
+def possible_units(branches: list[Dependence]) -> Iterator[Units]:
+    """Yield to which rows and columns of a map the numbers of a result may belong.
 
-
-def possible_units(branches: list[Dependence]) -> list[Units]:
-    """Return to which rows and columns of a map the numbers of a result may belong.
-
-    First as in a source. A map lies along two axes, or one, or in one axis that holds its units
-    row by row, before or after the channels. Numbers beside them that do not depend on the image,
-    as those of a class token, belong to none.
+    A map lies along two axes, or one, or in one axis that holds its units row by row, before or
+    after the channels. Numbers beside them that do not depend on the image, as those of a class
+    token, belong to none.
     """
     live = torch.stack([branch.live for branch in branches]).any(0)
     sizes = enumerate(reversed(live.shape))
-    axes = [torch.arange(n).view(-1, *[1] * position) for position, n in sizes]
+    axes = [torch.arange(n).view(-1, *[1] * axis) for axis, n in sizes]
     if branches[0].probe.windows[0]:
-        return [(axes[3], axes[2])]
-
-    possible = list(itertools.permutations(axes, 2))
-    sources = [branch.probe.known for branch in branches]
-    sizes = {source.size for source in sources}
+        yield axes[1], axes[0]
+        return
+    for columns, rows in itertools.permutations(axes, 2):
+        yield rows, columns
+    sizes = {branch.probe.known.size for branch in branches}
     for axis in axes:
         alive = live.float().sum_to_size(axis.shape) > 0
         count = int(alive.sum())
         factors = [(h, count // h) for h in range(1, count + 1)]
         for h, w in [*sizes, *factors]:
-            channels, rest = divmod(count, h * w)
-            for length in () if rest else {1, channels}:
-                unit = (alive.cumsum(0) - 1) // length
-                rows = torch.where(alive, unit // w % h, -1)
-                columns = torch.where(alive, unit % w, -1)
-                possible.append((rows, columns))
-    return sorted(possible, key=lambda units: not is_known(units, sources))
+            channels = count // (h * w)
+            if channels * h * w == count:
+                for length in {1, channels}:
+                    unit = (alive.cumsum(0) - 1) // length
+                    rows, columns = unit // w % h, unit % w
+                    yield torch.where(alive, rows, -1), torch.where(alive, columns, -1)
 
 
 def mark_units(changed: Tensor, units: Units) -> Tensor:
@@ -407,7 +401,7 @@ class Probe:
         self.windows = declared_windows(call) or [None, None]
         if self.windows[0]:
             usual = image_map(tensor.shape[-2:])
-            if not all((a == b).all() for a, b in zip(known.units, usual.units, strict=True)):
+            if not all(map(Tensor.equal, known.units, usual.units)):
                 self.windows = [None, None]
 
         # Large maps take long, and a declared window is only compared
@@ -471,11 +465,11 @@ class Probe:
         count = sum(map(len, self.probed))
         for axis, size in enumerate(everything.shape):
             if size == self.n:
-                images = images_of(differs.movedim(axis + 1, 1), 0)
+                images = differs.movedim(axis + 1, 1)
                 changed = images[:, :-1].flatten(0, 1)[:count]
                 if changed.any() and changed.sum() == differs.sum():
                     live = images_of(everything, axis).any(0)
-                    return Dependence(self, changed, live, axis)
+                    return Dependence(self, images_of(changed, 0), live, axis)
                 reason = "it mixes the images of a batch"
         raise CannotFollowError(reason)
 
@@ -519,9 +513,8 @@ class FieldRun(Run):
         # Tensors by their ids, kept alive so that no id is used twice: what each holds, and how
         # often its memory had changed then
         self.contents: dict[int, tuple[Tensor, Content]] = {}
-        for tensor in tensors_in([vars(module) for module in model.modules()]):
-            self.record(tensor, NOTHING)
-        self.record(images, Content(image_map(size)))
+        self.record(tensors_in([vars(module) for module in model.modules()]), [NOTHING])
+        self.record([images], [Content(image_map(size))])
         super().__init__(model, images)
         for layer in self.layers if self.failure else ():
             if layer.fields or layer is self.layers[-1]:
@@ -538,9 +531,10 @@ class FieldRun(Run):
         if len(outputs) > 1:
             self.failure = "the model's output differs from run to run"
 
-    def record(self, tensor: Tensor, content: Content) -> None:
-        """Note what a tensor holds."""
-        self.contents[id(tensor)] = tensor, content
+    def record(self, tensors: list[Tensor], contents: list[Content]) -> None:
+        """Note what tensors hold; if only one content is given, all."""
+        for tensor, content in zip(tensors, itertools.cycle(contents), strict=False):
+            self.contents[id(tensor)] = tensor, content
 
     def content_of(self, tensor: Tensor) -> Content:
         """Return what a tensor holds of the images."""
@@ -579,7 +573,8 @@ class FieldRun(Run):
                     inner.unknown, inner.is_merged = None, inner is not layer
                     inner.fields.clear()
                 contents = whole
-                self.note(layer, sources, tensors, whole)
+                self.record(tensors, whole)
+                self.note(layer, sources, whole)
         if contents[0].unknown == UNSEEN:
             layer.unknown = UNSEEN
         elif sources and tensors and not any(contents[0]):
@@ -601,19 +596,18 @@ class FieldRun(Run):
         versions = [tensor._version for tensor in given]
         output = func(*args, **kwargs)
         changed = changed_in(given, versions)
-        for tensor, _ in list(self.contents.values()):
-            if address(tensor) in changed:
-                self.record(tensor, Content(unknown=CHANGED))
+        known = [tensor for tensor, _ in self.contents.values()]
+        void = [tensor for tensor in known if address(tensor) in changed]
+        self.record(void, [Content(unknown=CHANGED)])
         tensors = tensors_in([output, changed])
-        is_assertion = any(each.dtype == torch.bool and not each.dim() for each in tensors[:1])
-        if not sources or is_assertion:
-            for tensor in tensors:
-                self.record(tensor, NOTHING)
-        elif tensors:
+        if any(tensor.dtype == torch.bool and not tensor.dim() for tensor in tensors[:1]):
+            sources, found = [], [NOTHING]  # it may be an assertion
+        self.record(tensors, found)
+        if sources and tensors:
             layer = self.running[-1]
             if layer.is_block:
                 layer = self.add_function(func, output)
-            self.note(layer, sources, tensors, found)
+            self.note(layer, sources, found)
         return output
 
     def add_function(self, func: Callable, output: object) -> Layer:
@@ -649,14 +643,12 @@ class FieldRun(Run):
         return found
 
     def note(
-        self, layer: Layer, sources: list, tensors: list[Tensor], found: list[Content]
+        self, layer: Layer, sources: list, found: list[Content]
     ) -> None:
         """Note what a call returns in its results, and the change to the map in the report's line.
 
         The line tells of the first result that comes from the images.
         """
-        for tensor, content in zip(tensors, itertools.cycle(found), strict=False):
-            self.record(tensor, content)
         known, unknown = next(filter(any, found), NOTHING)
         layer.unknown = layer.unknown or unknown
         if known:
@@ -736,7 +728,7 @@ def agrees(known: FeatureMap, probe: Probe, index: int, nan_passes: bool) -> boo
         return False
     if not seen:
         return not nan_passes
-    parts = seen.changed.flatten(2).split([len(probed) for probed in probe.probed])
+    parts = seen.changed[:, 0, 0].split([len(probed) for probed in probe.probed])
     for number, (axis, part) in enumerate(zip(known.axes, parts, strict=True)):
         starts = axis.j * torch.arange(axis.n)[:, None] - axis.P
         offsets = probe.probed[number] - starts
