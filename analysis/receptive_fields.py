@@ -124,33 +124,32 @@ def apply_window(axis: Axis, window: Window, n: int) -> Axis:
     return Axis(n, axis.j * s, r, padding, axis.pixels, window, axis)
 
 
-def merge_branches(before: list[Axis], after: list[Axis]) -> Axis:
-    """Join branches, given before and after the call that joins them.
+def merge_branches(branches: list[tuple[Axis, Axis]]) -> Axis:
+    """Join branches, each given before and after the call that joins them.
 
     A unit sees what it sees in any of them. Raises CannotFollowError.
     """
-    first = after[0]
-    if all(axis[:4] == first[:4] for axis in after):
-        pairs = zip(before, after, strict=True)
-        _, largest = max(pairs, key=lambda pair: (pair[0].n, pair[0] is pair[1]))
+    before, after = zip(*branches, strict=True)
+    n, j, _, _, pixels, *_ = after[0]
+    if len({axis[:4] for axis in after}) == 1:
+        _, largest = max(branches, key=lambda pair: (pair[0].n, pair[0] is pair[1]))
         return largest
 
-    j, *others = sorted({axis.j for axis in after})
-    if others:
+    jumps = sorted({axis.j for axis in after})
+    if len(jumps) > 1:
         fields = torch.stack([axis.fields() for axis in after]).any(0)
         if not (fields == fields[0]).all():
-            jumps = " and ".join(map(str, [j, *others]))
-            raise CannotFollowError(f"branches with jumps {jumps} meet")
+            raise CannotFollowError(f"branches with jumps {' and '.join(map(str, jumps))} meet")
         j = 0
 
     # The first unit's field is so wide that the last unit's is right with jump j
-    ends = [axis.r - axis.P + (axis.n - 1) * (axis.j - j) for axis in after]
+    ends = [axis.r - axis.P + (n - 1) * (axis.j - j) for axis in after]
     padding = max(axis.P for axis in after)
     largest = max(before, key=lambda axis: axis[:2])
     r_in = max(axis.r for axis in before)
     padding_in = max(axis.P for axis in before)
     largest = largest._replace(r=r_in, P=padding_in)
-    return Axis(first.n, j, max(ends) + padding, padding, first.pixels, None, largest)
+    return Axis(n, j, max(ends) + padding, padding, pixels, None, largest)
 
 
 # Windows
@@ -167,32 +166,32 @@ def reads_of(window: Window, n_out: int, n_in: int) -> Tensor:
 def find_window(reads: Tensor, probed: Tensor) -> Window | None:
     """Return a window that may read, of the units `probed`, those in `reads` (n_out, len(probed)).
 
-    The place with the most reads shows kernel size and dilation, because there the whole window
-    is in the map, and the next such place the stride. A single one of many, as of a running sum,
-    shows none.
+    The places with the most reads, where the whole window is in the map, show kernel size, stride
+    and dilation.
     """
     counts = reads.sum(1)
     places = (counts == counts.max()).nonzero().flatten().tolist()
-    units = [probed[reads[place]].tolist() for place in places[:2]]
-    if not units[0]:
+    first, last = places[0], places[-1]
+    units = probed[reads[first]].tolist()
+    if not units:
         return None
-    first = units[0][0]
-    d = int(min(np.diff(units[0]), default=1))
-    k = (units[0][-1] - first) // d + 1
+    d = int(min(np.diff(units), default=1))
+    k = (units[-1] - units[0]) // d + 1
     s = k
-    if len(units) == 2:
-        s = abs(units[1][0] - first) // (places[1] - places[0])
-    return k, s, places[0] * s - first, d
+    if first < last:
+        distance = int(probed[reads[last]][0]) - units[0]
+        s = abs(distance) // (last - first)
+    return k, s, first * s - units[0], d
 
 
-def declared_windows(call: "Call") -> list[Window] | None:
+def declared_windows(call: "Call") -> list[Window | None]:
     """Return the windows along height and width that a convolution or a pooling is called with.
 
     On a small map, only these tell what lies in the padding. None for any other call.
     """
     function = getattr(call.func, "__name__", "").lstrip("_").removesuffix("_with_indices")
     if function not in DECLARING:
-        return None
+        return [None, None]
     given = dict(zip(DECLARING[function], call.args, strict=False)) | call.kwargs
     kernel = given.get("kernel_size") or given["weight"].shape[2:]
     stride = given.get("stride") or given.get("kernel_size", 1)
@@ -215,7 +214,7 @@ class Dependence(NamedTuple):
     live: Tensor  # (*shape of one image in the result) bool: what depends on the map at all
     batch: int  # the result's axis of the images
 
-    def follow(self, units: Units) -> list[Axis] | None:
+    def follow(self, units: Units) -> list[tuple[Axis, Axis]] | None:
         """Return what the rows and columns of a map with these units see.
 
         None if there is no such map.
@@ -225,13 +224,10 @@ class Dependence(NamedTuple):
         used = marked.any(0)
         numbers = self.changed.flatten(1).sum(1)
         counts = [len(probed) for probed in probe.probed]
+        lines = list(zip(probe.known.axes, probe.probed, probe.windows, strict=True))
         axes = []
         for number, part in enumerate(marked.split(counts)):
-            axis, probed, declared = (
-                probe.known.axes[number],
-                probe.probed[number],
-                probe.windows[number],
-            )
+            axis, probed, declared = lines[number]
             by_unit = part.any(2 - number, keepdim=True)
             if not part.equal(by_unit & used.any(number, keepdim=True)):
                 return None
@@ -248,7 +244,8 @@ class Dependence(NamedTuple):
             if not window or not reads_of(window, n, axis.n)[:, probed].equal(read):
                 return None
             is_same = not declared and window == UNCHANGED and n == axis.n
-            axes.append(axis if is_same else apply_window(axis, window, n))
+            after = axis if is_same else apply_window(axis, window, n)
+            axes.append((axis, after))
         return axes
 
 
@@ -258,7 +255,6 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
     Raises CannotFollowError.
     """
     sources = [branch.probe.known for branch in branches]
-    before = list(zip(*[source.axes for source in sources], strict=True))
     batch = branches[0].batch
     explained = []
     for units in possible_units(branches):
@@ -267,10 +263,11 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
             parts = [mark_units(branch.live[None], units) for branch in branches]
             if not torch.cat(parts).all(0).any():
                 raise CannotFollowError("it puts maps side by side")
-            after = zip(*followed, strict=True)
-            known = FeatureMap(tuple(map(merge_branches, before, after)), units, batch)
-            if any(all(map(Tensor.equal, units, source.units)) for source in sources):
-                return known  # nothing has moved
+            axes = map(merge_branches, zip(*followed, strict=True))
+            known = FeatureMap(tuple(axes), units, batch)
+            is_moved = not any(all(map(Tensor.equal, units, source.units)) for source in sources)
+            if branches[0].probe.windows[0] or not is_moved:
+                return known
             explained.append(known)
 
     if explained:
@@ -308,9 +305,6 @@ def possible_units(branches: list[Dependence]) -> Iterator[Units]:
     live = torch.stack([branch.live for branch in branches]).any(0)
     sizes = enumerate(reversed(live.shape))
     axes = [torch.arange(n).view(-1, *[1] * axis) for axis, n in sizes]
-    if branches[0].probe.windows[0]:
-        yield axes[1], axes[0]
-        return
     for columns, rows in itertools.permutations(axes, 2):
         yield rows, columns
     sizes = {branch.probe.known.size for branch in branches}
@@ -398,11 +392,10 @@ class Probe:
         self.tensor = tensor
         self.known = known
         self.n = tensor.shape[known.batch]
-        self.windows = declared_windows(call) or [None, None]
-        if self.windows[0]:
-            usual = image_map(tensor.shape[-2:])
-            if not all(map(Tensor.equal, known.units, usual.units)):
-                self.windows = [None, None]
+        self.windows = [None, None]
+        usual = image_map(known.size).units
+        if known.size == tensor.shape[-2:] and all(map(Tensor.equal, known.units, usual)):
+            self.windows = declared_windows(call)
 
         # Large maps take long, and a declared window is only compared
         count = 4 if math.prod(known.size) >= LARGE else 10
@@ -538,10 +531,10 @@ class FieldRun(Run):
 
     def content_of(self, tensor: Tensor) -> Content:
         """Return what a tensor holds of the images."""
-        if id(tensor) not in self.contents:
-            is_batch = len(self.images) in tensor.shape
-            return Content(unknown=UNSEEN) if is_batch else NOTHING
-        return self.contents[id(tensor)][1]
+        is_batch = len(self.images) in tensor.shape
+        unseen = Content(unknown=UNSEEN) if is_batch else NOTHING
+        _, content = self.contents.get(id(tensor), (tensor, unseen))
+        return content
 
     def sources_in(self, value: object) -> list[tuple[Tensor, Content]]:
         """Return the tensors in a value that hold something of the images."""
@@ -550,9 +543,8 @@ class FieldRun(Run):
 
     def enter(self, *args):
         """Note that a module starts to run, and what it is given."""
+        self.given.append((len(self.layers), self.sources_in(args[2:])))
         super().enter(*args)
-        sources = self.sources_in(args[2:])
-        self.given.append((len(self.layers), sources))
 
     def leave(self, name, module, args, kwargs, output):
         """Note what a module returns; follow it as a whole if a call in it cannot be followed."""
@@ -561,16 +553,16 @@ class FieldRun(Run):
         start, sources = self.given.pop()
         tensors = tensors_in(output)
         contents = [self.content_of(tensor) for tensor in tensors] or [NOTHING]
-        is_lost = any(content.unknown for content in contents)
-        if sources and self.running and is_lost:
+        if sources and self.running and any(content.unknown for content in contents):
 
             def run_copy(*args, **kwargs):  # because a module may keep what it is given
                 return copy_model(self.twin[name])(*args, **kwargs)
 
             whole = self.follow(Call(run_copy, args, kwargs), sources)
             if whole[0].map:
-                for inner in self.layers[start - 1 :]:
-                    inner.unknown, inner.is_merged = None, inner is not layer
+                for inner in self.layers[start:]:
+                    inner.unknown = None
+                    inner.is_merged = inner is not layer
                     inner.fields.clear()
                 contents = whole
                 self.record(tensors, whole)
@@ -662,7 +654,7 @@ class FieldRun(Run):
 def table_row(axis: Axis, is_new: bool) -> dict[str, int | None]:
     """Return one layer along height or width, in the table's terms."""
     if not is_new:
-        axis = axis._replace(window=(1, 1, 0, 1), before=axis)
+        axis = axis._replace(window=UNCHANGED, before=axis)
     before = axis.before
     row = dict(zip("kspd", axis.window or [None] * 4, strict=True))
     for name in "njrP":
