@@ -69,9 +69,10 @@ class Axis(NamedTuple):
     window: Window | None = None
     before: "Axis | None" = None
 
-    def fields(self) -> Tensor:
-        """Return the pixels in each unit's receptive field, (n, pixels) bool."""
-        return reads_of((self.r, self.j, self.P, 1), self.n, self.pixels)
+    @property
+    def sees_all(self) -> bool:
+        """Whether every unit's field is as large as the image."""
+        return (self.n - 1) * self.j <= self.P and self.r - self.P >= self.pixels
 
 
 class FeatureMap(NamedTuple):
@@ -137,8 +138,7 @@ def merge_branches(branches: list[tuple[Axis, Axis]]) -> Axis:
 
     jumps = sorted({axis.j for axis in after})
     if len(jumps) > 1:
-        fields = torch.stack([axis.fields() for axis in after]).any(0)
-        if not (fields == fields[0]).all():
+        if n > 1 and not any(axis.sees_all for axis in after):
             raise CannotFollowError(f"branches with jumps {' and '.join(map(str, jumps))} meet")
         j = 0
 
@@ -184,15 +184,20 @@ def find_window(reads: Tensor, probed: Tensor) -> Window | None:
     return k, s, first * s - units[0], d
 
 
+def function_name(func: Callable) -> str:
+    """Return relu for relu_, too."""
+    return func.__name__.strip("_").removesuffix("_with_indices")
+
+
 def declared_windows(call: "Call") -> list[Window | None]:
     """Return the windows along height and width that a convolution or a pooling is called with.
 
     On a small map, only these tell what lies in the padding. None for any other call.
     """
-    function = getattr(call.func, "__name__", "").lstrip("_").removesuffix("_with_indices")
-    if function not in DECLARING:
+    names = DECLARING.get(function_name(call.func))
+    if not names:
         return [None, None]
-    given = dict(zip(DECLARING[function], call.args, strict=False)) | call.kwargs
+    given = dict(zip(names, call.args, strict=False)) | call.kwargs
     kernel = given.get("kernel_size") or given["weight"].shape[2:]
     stride = given.get("stride") or given.get("kernel_size", 1)
     padding, dilation = given.get("padding", 0), given.get("dilation", 1)
@@ -222,12 +227,17 @@ class Dependence(NamedTuple):
         probe = self.probe
         marked = mark_units(self.changed, units)
         used = marked.any(0)
-        numbers = self.changed.flatten(1).sum(1)
         counts = [len(probed) for probed in probe.probed]
-        lines = list(zip(probe.known.axes, probe.probed, probe.windows, strict=True))
+        parts = zip(
+            marked.split(counts),
+            self.changed.split(counts),
+            probe.known.axes,
+            probe.probed,
+            probe.windows,
+            strict=True,
+        )
         axes = []
-        for number, part in enumerate(marked.split(counts)):
-            axis, probed, declared = lines[number]
+        for number, (part, numbers, axis, probed, declared) in enumerate(parts):
             by_unit = part.any(2 - number, keepdim=True)
             if not part.equal(by_unit & used.any(number, keepdim=True)):
                 return None
@@ -236,8 +246,8 @@ class Dependence(NamedTuple):
             # The numbers of a unit may see different parts of what the unit sees, as after
             # pixel_unshuffle; but if all units see the same, they must see all of it. Otherwise
             # the rows or columns of this place are channels.
-            all_of_it = read[0] * self.changed.any(0).sum()
-            if (read == read[0]).all() and not numbers.split(counts)[number].equal(all_of_it):
+            all_of_it = read[0].sum() * self.changed.any(0).sum()
+            if (read == read[0]).all() and numbers.sum() < all_of_it:
                 return None
             n = len(read)
             window = declared or find_window(read, probed)
@@ -273,7 +283,7 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
     if explained:
         return min(explained, key=extent)
     for source, branch in zip(sources, branches, strict=True):
-        if branch.live.all() and all(axis.fields().all() for axis in source.axes):
+        if branch.live.all() and all(axis.sees_all for axis in source.axes):
             axes = tuple(map(as_one_unit, source.axes))
             return FeatureMap(axes, image_map((1, 1)).units, batch)
     raise CannotFollowError("no window explains which rows and columns it reads")
@@ -303,8 +313,9 @@ def possible_units(branches: list[Dependence]) -> Iterator[Units]:
     token, belong to none.
     """
     live = torch.stack([branch.live for branch in branches]).any(0)
-    sizes = enumerate(reversed(live.shape))
-    axes = [torch.arange(n).view(-1, *[1] * axis) for axis, n in sizes]
+    axes = []
+    for axis, n in enumerate(reversed(live.shape)):
+        axes.append(torch.arange(n).view(-1, *[1] * axis))
     for columns, rows in itertools.permutations(axes, 2):
         yield rows, columns
     sizes = {branch.probe.known.size for branch in branches}
@@ -326,13 +337,12 @@ def mark_units(changed: Tensor, units: Units) -> Tensor:
 
     (K, rows, columns) bool.
     """
-    rows, columns = units
-    size = int(rows.max()) + 1, int(columns.max()) + 1
-    unit = (rows * size[1] + columns).clamp(min=0)
-    counts = [image.float().sum_to_size(unit.shape).flatten() for image in changed]
-    marked = torch.zeros(len(changed), math.prod(size))
-    marked.index_add_(1, unit.flatten(), torch.stack(counts))
-    return marked.unflatten(1, size) > 0
+    rows, columns = torch.broadcast_tensors(*units)
+    marked = torch.zeros(len(changed), int(rows.max()) + 1, int(columns.max()) + 1)
+    for image, numbers in zip(marked, changed, strict=True):
+        counts = numbers.float().sum_to_size(rows.shape)
+        image.index_put_((rows, columns), counts, accumulate=True)
+    return marked > 0
 
 
 # Replays
@@ -538,8 +548,11 @@ class FieldRun(Run):
 
     def sources_in(self, value: object) -> list[tuple[Tensor, Content]]:
         """Return the tensors in a value that hold something of the images."""
-        contents = [(tensor, self.content_of(tensor)) for tensor in tensors_in(value)]
-        return [(tensor, content) for tensor, content in contents if any(content)]
+        return [
+            (tensor, content)
+            for tensor in tensors_in(value)
+            if any(content := self.content_of(tensor))
+        ]
 
     def enter(self, *args):
         """Note that a module starts to run, and what it is given."""
@@ -554,11 +567,10 @@ class FieldRun(Run):
         tensors = tensors_in(output)
         contents = [self.content_of(tensor) for tensor in tensors] or [NOTHING]
         if sources and self.running and any(content.unknown for content in contents):
-
-            def run_copy(*args, **kwargs):  # because a module may keep what it is given
-                return copy_model(self.twin[name])(*args, **kwargs)
-
-            whole = self.follow(Call(run_copy, args, kwargs), sources)
+            twin = self.twin[name]
+            # In a copy because a module may keep what it is given
+            call = Call(lambda *args, **kwargs: copy_model(twin)(*args, **kwargs), args, kwargs)
+            whole = self.follow(call, sources)
             if whole[0].map:
                 for inner in self.layers[start:]:
                     inner.unknown = None
@@ -605,8 +617,9 @@ class FieldRun(Run):
     def add_function(self, func: Callable, output: object) -> Layer:
         """Return a new line for a function that is called outside torch's layers."""
         block = self.running[-1]
-        function = func.__name__.strip("_").removesuffix("_with_indices")  # relu for relu_, too
-        name = f"{block.name}.{function}()" if block.depth else f"{function}()"
+        name = f"{function_name(func)}()"
+        if block.depth:
+            name = f"{block.name}.{name}"
         layer = Layer(name, len(self.running), "function")
         layer.output_shape = self.shape_of(output)
         self.layers.append(layer)
@@ -655,11 +668,10 @@ def table_row(axis: Axis, is_new: bool) -> dict[str, int | None]:
     """Return one layer along height or width, in the table's terms."""
     if not is_new:
         axis = axis._replace(window=UNCHANGED, before=axis)
-    before = axis.before
     row = dict(zip("kspd", axis.window or [None] * 4, strict=True))
-    for name in "njrP":
-        row[f"{name}_in"] = getattr(before, name)
-        row[f"{name}_out"] = getattr(axis, name)
+    for name, number_in, number_out in zip("njrP", axis.before, axis, strict=False):
+        row[f"{name}_in"] = number_in
+        row[f"{name}_out"] = number_out
     return row
 
 
@@ -676,7 +688,7 @@ def check_fields(run: FieldRun) -> str:
     if run.failure or not followed:
         return f"skipped: {run.failure or 'no output of a module is followed'}"
 
-    call = Call(partial(nan_units, run), (run.images,), {})
+    call = Call(lambda images: nan_units(run, images), (run.images,), {})
     probe = Probe(call, run.images, image_map(run.images.shape[2:]))
     try:
         probe.replay(0)
