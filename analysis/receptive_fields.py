@@ -219,6 +219,11 @@ class Dependence(NamedTuple):
     live: Tensor  # (*shape of one image in the result) bool: what depends on the map at all
     batch: int  # the result's axis of the images
 
+    def is_certain(self, units: Units) -> bool:
+        """Tell whether no other place is as likely: one where the map was, or of declared windows."""
+        probe = self.probe
+        return bool(probe.windows[0]) or all(map(Tensor.equal, units, probe.known.units))
+
     def follow(self, units: Units) -> list[tuple[Axis, Axis]] | None:
         """Return what the rows and columns of a map with these units see.
 
@@ -264,28 +269,27 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
 
     Raises CannotFollowError.
     """
-    sources = [branch.probe.known for branch in branches]
     batch = branches[0].batch
     explained = []
     for units in possible_units(branches):
         followed = [branch.follow(units) for branch in branches]
-        if None not in followed:
-            parts = [mark_units(branch.live[None], units) for branch in branches]
-            if not torch.cat(parts).all(0).any():
-                raise CannotFollowError("it puts maps side by side")
-            axes = map(merge_branches, zip(*followed, strict=True))
-            known = FeatureMap(tuple(axes), units, batch)
-            is_moved = not any(all(map(Tensor.equal, units, source.units)) for source in sources)
-            if branches[0].probe.windows[0] or not is_moved:
-                return known
-            explained.append(known)
+        if None in followed:
+            continue
+        touched = [mark_units(branch.live[None], units) for branch in branches]
+        if not torch.cat(touched).all(0).any():
+            raise CannotFollowError("it puts maps side by side")
+        axes = map(merge_branches, zip(*followed, strict=True))
+        known = FeatureMap(tuple(axes), units, batch)
+        if any(branch.is_certain(units) for branch in branches):
+            return known
+        explained.append(known)
 
     if explained:
         return min(explained, key=extent)
-    for source, branch in zip(sources, branches, strict=True):
-        if branch.live.all() and all(axis.sees_all for axis in source.axes):
-            axes = tuple(map(as_one_unit, source.axes))
-            return FeatureMap(axes, image_map((1, 1)).units, batch)
+    for branch in branches:
+        axes = branch.probe.known.axes
+        if branch.live.all() and all(axis.sees_all for axis in axes):
+            return FeatureMap(tuple(map(as_one_unit, axes)), image_map((1, 1)).units, batch)
     raise CannotFollowError("no window explains which rows and columns it reads")
 
 
@@ -411,12 +415,14 @@ class Probe:
         count = 4 if math.prod(known.size) >= LARGE else 10
         if self.windows[0]:
             count = 2
-        self.probed = [units_to_probe(n, count) for n in known.size]
-        hidden = [
-            units == unit
-            for units, probed in zip(known.units, self.probed, strict=True)
-            for unit in probed
-        ]
+        self.probed = []
+        hidden = []
+        for units, n in zip(known.units, known.size, strict=True):
+            starts = torch.tensor([[0], [(n - count) // 2], [n - count]])
+            probed = starts + torch.arange(count)
+            probed = probed.clamp(0, n - 1).unique()
+            self.probed.append(probed)
+            hidden += [units == unit for unit in probed]
 
         # The numbers to replace in each image of each replay; the last replay replaces all
         step = self.n - 1
@@ -475,13 +481,6 @@ class Probe:
                     return Dependence(self, images_of(changed, 0), live, axis)
                 reason = "it mixes the images of a batch"
         raise CannotFollowError(reason)
-
-
-def units_to_probe(n: int, count: int) -> Tensor:
-    """Return all of n rows or columns, or the first, middle and last `count` if there are more."""
-    starts = torch.tensor([[0], [(n - count) // 2], [n - count]])
-    units = starts + torch.arange(count)
-    return units.clamp(0, n - 1).unique()
 
 
 def find_content(probes: list[Probe], index: int) -> Content:
