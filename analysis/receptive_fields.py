@@ -215,7 +215,7 @@ class Dependence(NamedTuple):
     """What changes in a result with each probed row, then column, of the map that goes in."""
 
     probe: "Probe"
-    changed: Tensor  # (rows and columns probed, *shape of one image in the result) bool
+    changed: tuple[Tensor, Tensor]  # by rows, then columns (probed, *shape of an image) bool
     live: Tensor  # (*shape of one image in the result) bool: what depends on the map at all
     batch: int  # the result's axis of the images
 
@@ -230,19 +230,11 @@ class Dependence(NamedTuple):
         None if there is no such map.
         """
         probe = self.probe
-        marked = mark_units(self.changed, units)
-        used = marked.any(0)
-        counts = [len(probed) for probed in probe.probed]
-        parts = zip(
-            marked.split(counts),
-            self.changed.split(counts),
-            probe.known.axes,
-            probe.probed,
-            probe.windows,
-            strict=True,
-        )
+        marked = [mark_units(numbers, units) for numbers in self.changed]
+        used = torch.cat(marked).any(0)
+        lines = zip(marked, self.changed, probe.known.axes, probe.probed, probe.windows, strict=True)
         axes = []
-        for number, (part, numbers, axis, probed, declared) in enumerate(parts):
+        for number, (part, numbers, axis, probed, declared) in enumerate(lines):
             by_unit = part.any(2 - number, keepdim=True)
             if not part.equal(by_unit & used.any(number, keepdim=True)):
                 return None
@@ -251,7 +243,7 @@ class Dependence(NamedTuple):
             # The numbers of a unit may see different parts of what the unit sees, as after
             # pixel_unshuffle; but if all units see the same, they must see all of it. Otherwise
             # the rows or columns of this place are channels.
-            all_of_it = read[0].sum() * self.changed.any(0).sum()
+            all_of_it = read[0].sum() * self.live.sum()
             if (read == read[0]).all() and numbers.sum() < all_of_it:
                 return None
             n = len(read)
@@ -471,14 +463,15 @@ class Probe:
             return None
         reason = "it folds the batch"
         differs = torch.stack(parts)
-        count = sum(map(len, self.probed))
+        counts = list(map(len, self.probed))
         for axis, size in enumerate(everything.shape):
             if size == self.n:
                 images = differs.movedim(axis + 1, 1)
-                changed = images[:, :-1].flatten(0, 1)[:count]
+                changed = images[:, :-1].flatten(0, 1)[: sum(counts)]
                 if changed.any() and changed.sum() == differs.sum():
                     live = images_of(everything, axis).any(0)
-                    return Dependence(self, images_of(changed, 0), live, axis)
+                    by_line = images_of(changed, 0).split(counts)
+                    return Dependence(self, by_line, live, axis)
                 reason = "it mixes the images of a batch"
         raise CannotFollowError(reason)
 
@@ -564,8 +557,8 @@ class FieldRun(Run):
         super().leave(name, module, args, kwargs, output)
         start, sources = self.given.pop()
         tensors = tensors_in(output)
-        contents = [self.content_of(tensor) for tensor in tensors] or [NOTHING]
-        if sources and self.running and any(content.unknown for content in contents):
+        content = self.content_of(tensors[0]) if tensors else NOTHING
+        if sources and self.running and content.unknown:
             twin = self.twin[name]
             # In a copy because a module may keep what it is given
             call = Call(lambda *args, **kwargs: copy_model(twin)(*args, **kwargs), args, kwargs)
@@ -575,14 +568,14 @@ class FieldRun(Run):
                     inner.unknown = None
                     inner.is_merged = inner is not layer
                     inner.fields.clear()
-                contents = whole
+                content = whole[0]
                 self.record(tensors, whole)
                 self.note(layer, sources, whole)
-        if contents[0].unknown == UNSEEN:
+        if content.unknown == UNSEEN:
             layer.unknown = UNSEEN
-        elif sources and tensors and not any(contents[0]):
+        elif sources and tensors and not any(content):
             layer.unknown = INDEPENDENT
-        self.returned.append((layer.name, contents[0]))
+        self.returned.append((layer.name, content))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Make the call, and follow it if something comes from the images.
@@ -603,8 +596,8 @@ class FieldRun(Run):
         void = [tensor for tensor in known if address(tensor) in changed]
         self.record(void, [Content(unknown=CHANGED)])
         tensors = tensors_in([output, changed])
-        if any(tensor.dtype == torch.bool and not tensor.dim() for tensor in tensors[:1]):
-            sources, found = [], [NOTHING]  # it may be an assertion
+        if isinstance(output, Tensor) and not output.dim() and output.dtype == torch.bool:
+            sources, found = [], [NOTHING]  # an assertion may ask for it
         self.record(tensors, found)
         if sources and tensors:
             layer = self.running[-1]
@@ -731,11 +724,11 @@ def agrees(known: FeatureMap, probe: Probe, index: int, nan_passes: bool) -> boo
         return False
     if not seen:
         return not nan_passes
-    parts = seen.changed[:, 0, 0].split([len(probed) for probed in probe.probed])
-    for number, (axis, part) in enumerate(zip(known.axes, parts, strict=True)):
+    lines = zip(known.axes, seen.changed, probe.probed, strict=True)
+    for number, (axis, changed, probed) in enumerate(lines):
         starts = axis.j * torch.arange(axis.n)[:, None] - axis.P
-        offsets = probe.probed[number] - starts
-        seen = set(offsets[part.any(2 - number).T].tolist())
+        offsets = probed - starts
+        seen = set(offsets[changed[:, 0, 0].any(2 - number).T].tolist())
         is_whole = (starts >= 0) & (starts + axis.r <= axis.pixels)
         ends = {0, axis.r - 1} & set(offsets[is_whole.flatten()].flatten().tolist())
         if not seen <= {*range(axis.r)} or nan_passes and not ends <= seen:
