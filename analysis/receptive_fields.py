@@ -371,7 +371,7 @@ class Call(NamedTuple):
         args, kwargs = map_tensors(copy_of, (self.args, self.kwargs))
         with torch.random.fork_rng(devices=[]):
             output = self.func(*args, **kwargs)
-        return tensors_in([output, changed_in(copies, [0] * len(copies))])
+        return tensors_in([output, [tensor for tensor in copies if tensor._version]])
 
 
 def changed_in(given: list[Tensor], versions: list[int]) -> dict[int, Tensor]:
@@ -431,13 +431,10 @@ class Probe:
         is not chosen does not show.
         """
         tensor = self.tensor
-        values = torch.nan, 1e4, -1e4
+        other = tensor == 0
         if tensor.is_floating_point():
-            other = tensor.new_tensor(values[attempt])
-        elif tensor.dtype == torch.bool:
-            other = ~tensor
-        else:
-            other = tensor.roll(1 + attempt, self.known.batch)
+            values = torch.nan, 1e4, -1e4
+            other = torch.tensor(values[attempt])
         inverted = attempt > 0
         plain = self.call.replay(tensor, tensor, inverted)
         is_nan = True
@@ -501,13 +498,12 @@ class FieldRun(Run):
         n = 12 if math.prod(size) < LARGE else 4
         images = torch.rand(n, 1, *size)
         self.twin = dict(twin.named_modules())
-        self.returned: list[tuple[str, Content]] = []  # by each module
+        self.returned = []  # name and content, by each module
         self.nan_passes = True
         self.given = []  # of each running module: where its inner layers begin, and its sources
 
-        # Tensors by their ids, kept alive so that no id is used twice: what each holds, and how
-        # often its memory had changed then
-        self.contents: dict[int, tuple[Tensor, Content]] = {}
+        # What each tensor holds, by its id, with the tensor, so that no id is used twice
+        self.contents = {}
         self.record(tensors_in([vars(module) for module in model.modules()]), [NOTHING])
         self.record([images], [Content(image_map(size))])
         super().__init__(model, images)
@@ -684,13 +680,13 @@ def check_fields(run: FieldRun) -> str:
     probe = Probe(call, run.images, image_map(run.images.shape[2:]))
     try:
         probe.replay(0)
+        wrong = [
+            name
+            for index, (name, known) in enumerate(followed)
+            if not agrees(known, probe.dependence(index), run.nan_passes)
+        ]
     except Exception as error:  # whatever a user's forward raises in float64
         return f"skipped: in float64, {describe_error(error)}"
-    wrong = [
-        name
-        for index, (name, expected) in enumerate(followed)
-        if not agrees(expected, probe, index, run.nan_passes)
-    ]
     if wrong:
         return f"FAILED: wrong at {', '.join(dict.fromkeys(wrong))}"
     return f"ok: {len(followed)} of {len(run.returned)} modules return what sees the right pixels"
@@ -713,24 +709,20 @@ def nan_units(run: FieldRun, images: Tensor) -> list[Tensor]:
     return found
 
 
-def agrees(known: FeatureMap, probe: Probe, index: int, nan_passes: bool) -> bool:
-    """Tell whether probed rows and columns of pixels reach only those units that a map says.
+def agrees(known: FeatureMap, seen: Dependence | None, nan_passes: bool) -> bool:
+    """Tell whether the units of a map see no pixels outside their fields.
 
-    If NaN passes, they must reach all of them.
+    If NaN passes, those that see no padding must see both ends of their fields.
     """
-    try:
-        seen = probe.dependence(index)
-    except CannotFollowError:
-        return False
     if not seen:
         return not nan_passes
-    lines = zip(known.axes, seen.changed, probe.probed, strict=True)
+    lines = zip(known.axes, seen.changed, seen.probe.probed, strict=True)
     for number, (axis, changed, probed) in enumerate(lines):
         starts = axis.j * torch.arange(axis.n)[:, None] - axis.P
         offsets = probed - starts
-        seen = set(offsets[changed[:, 0, 0].any(2 - number).T].tolist())
+        sees = set(offsets[changed[:, 0, 0].any(2 - number).T].tolist())
         is_whole = (starts >= 0) & (starts + axis.r <= axis.pixels)
         ends = {0, axis.r - 1} & set(offsets[is_whole.flatten()].flatten().tolist())
-        if not seen <= {*range(axis.r)} or nan_passes and not ends <= seen:
+        if not sees <= {*range(axis.r)} or nan_passes and not ends <= sees:
             return False
     return True
