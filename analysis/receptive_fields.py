@@ -29,11 +29,9 @@ Window = tuple[int, int, int, int]  # kernel size, stride, padding, dilation alo
 Size = tuple[int, int]  # rows and columns
 Units = tuple[Tensor, Tensor]  # of each number of an image, its row and its column in a map
 
-FOLLOWS = "what comes in is not known"
 CHANGED = "it was changed through another tensor that shares its memory"
 UNSEEN = "it comes from no call of a torch function that can be seen"
-INDEPENDENT = "what it returns does not depend on the image"
-ATTEMPTS = 3  # replays of a call with other values
+VALUES = torch.nan, 1e4, -1e4  # what replaces numbers, until it shows all that depends on them
 LARGE = 2**14  # so many units of a map take long: fewer of them are probed
 UNCHANGED = 1, 1, 0, 1  # a window that leaves an axis as it is
 
@@ -232,7 +230,9 @@ class Dependence(NamedTuple):
         probe = self.probe
         marked = [mark_units(numbers, units) for numbers in self.changed]
         used = torch.cat(marked).any(0)
-        lines = zip(marked, self.changed, probe.known.axes, probe.probed, probe.windows, strict=True)
+        lines = zip(
+            marked, self.changed, probe.known.axes, probe.probed, probe.windows, strict=True
+        )
         axes = []
         for number, (part, numbers, axis, probed, declared) in enumerate(lines):
             by_unit = part.any(2 - number, keepdim=True)
@@ -424,7 +424,7 @@ class Probe:
             partial(defaultdict, bool)
         )  # by the numbers of result and replay
 
-    def replay(self, attempt: int) -> bool:
+    def replay(self, value: float) -> bool:
         """Repeat the call with each probe; tell whether what changes is NaN.
 
         If NaN does not pass, other values show more; and masks are inverted, because a number that
@@ -433,9 +433,8 @@ class Probe:
         tensor = self.tensor
         other = tensor == 0
         if tensor.is_floating_point():
-            values = torch.nan, 1e4, -1e4
-            other = torch.tensor(values[attempt])
-        inverted = attempt > 0
+            other = torch.tensor(value)
+        inverted = not math.isnan(value)
         plain = self.call.replay(tensor, tensor, inverted)
         is_nan = True
         for number, hidden in enumerate(self.replays):
@@ -570,7 +569,7 @@ class FieldRun(Run):
         if content.unknown == UNSEEN:
             layer.unknown = UNSEEN
         elif sources and tensors and not any(content):
-            layer.unknown = INDEPENDENT
+            layer.unknown = "what it returns does not depend on the image"
         self.returned.append((layer.name, content))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -619,25 +618,23 @@ class FieldRun(Run):
             return [NOTHING]
         reasons = {content.unknown for _, content in sources} - {None}
         if reasons:
-            reason = min(reasons & {CHANGED, UNSEEN}, default=FOLLOWS)
+            reason = min(reasons & {CHANGED, UNSEEN}, default="what comes in is not known")
             return [Content(unknown=reason)]
         running, self.running = self.running, []  # so that replays are not followed
         try:
             probes = [Probe(call, tensor, content.map) for tensor, content in sources]
-            for attempt in range(ATTEMPTS):
-                is_nan = min([probe.replay(attempt) for probe in probes])
+            for value in VALUES:
+                is_nan = min([probe.replay(value) for probe in probes])
                 found = [find_content(probes, index) for index in probes[0].differs]
                 if all(content.map for content in found):
                     break
-            self.nan_passes &= is_nan and not attempt
+            self.nan_passes &= is_nan and math.isnan(value)
         except Exception as error:  # whatever a function or a module does not like about a replay
             found = [Content(unknown=f"it refuses a replay: {describe_error(error)}")]
         self.running = running
         return found
 
-    def note(
-        self, layer: Layer, sources: list, found: list[Content]
-    ) -> None:
+    def note(self, layer: Layer, sources: list, found: list[Content]) -> None:
         """Note what a call returns in its results, and the change to the map in the report's line.
 
         The line tells of the first result that comes from the images.
@@ -679,7 +676,7 @@ def check_fields(run: FieldRun) -> str:
     call = Call(lambda images: nan_units(run, images), (run.images,), {})
     probe = Probe(call, run.images, image_map(run.images.shape[2:]))
     try:
-        probe.replay(0)
+        probe.replay(torch.nan)
         wrong = [
             name
             for index, (name, known) in enumerate(followed)
