@@ -15,7 +15,6 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +32,6 @@ CHANGED = "it was changed through another tensor that shares its memory"
 UNSEEN = "it comes from no call of a torch function that can be seen"
 VALUES = torch.nan, 1e4, -1e4  # what replaces numbers, until it shows all that depends on them
 LARGE = 2**14  # so many units of a map take long: fewer of them are probed
-UNCHANGED = 1, 1, 0, 1  # a window that leaves an axis as it is
 
 # The arguments of calls that declare their windows
 POOLING = "input", "kernel_size", "stride", "padding", "dilation"
@@ -63,9 +61,11 @@ class Axis(NamedTuple):
     P: int  # accumulated padding: pixels by which the first unit's field passes the image's edge
     pixels: int  # size of the image
 
-    # The call that made it: its window, None if branches meet, and the axis before it
+    # The call that made it: its window, None if branches meet, the axis before it, and whether it
+    # is worth a row in the table
     window: Window | None = None
     before: "Axis | None" = None
+    is_new: bool = True
 
     @property
     def sees_all(self) -> bool:
@@ -81,7 +81,7 @@ class FeatureMap(NamedTuple):
     """
 
     axes: tuple[Axis, Axis]
-    units: tuple[Tensor, Tensor]
+    units: Units
     batch: int  # the tensor's axis of the images
 
     @property
@@ -115,24 +115,23 @@ def images_of(tensor: Tensor, batch: int) -> Tensor:
 # The recurrences
 
 
-def apply_window(axis: Axis, window: Window, n: int) -> Axis:
+def apply_window(axis: Axis, window: Window, n: int, declared: bool = False) -> Axis:
     """Return what the units see after a window that stops at n places."""
     k, s, p, d = window
     r = axis.r + d * (k - 1) * axis.j
     padding = axis.P + p * axis.j
-    return Axis(n, axis.j * s, r, padding, axis.pixels, window, axis)
+    is_new = declared or n != axis.n or window != (1, 1, 0, 1)
+    return Axis(n, axis.j * s, r, padding, axis.pixels, window, axis, is_new)
 
 
-def merge_branches(branches: list[tuple[Axis, Axis]]) -> Axis:
-    """Join branches, each given before and after the call that joins them.
+def merge_branches(after: tuple[Axis, ...]) -> Axis:
+    """Join branches, each given as after the call that joins them.
 
     A unit sees what it sees in any of them. Raises CannotFollowError.
     """
-    before, after = zip(*branches, strict=True)
     n, j, _, _, pixels, *_ = after[0]
     if len({axis[:4] for axis in after}) == 1:
-        _, largest = max(branches, key=lambda pair: (pair[0].n, pair[0] is pair[1]))
-        return largest
+        return max(after, key=lambda axis: (axis.before.n, not axis.is_new))
 
     jumps = sorted({axis.j for axis in after})
     if len(jumps) > 1:
@@ -143,6 +142,7 @@ def merge_branches(branches: list[tuple[Axis, Axis]]) -> Axis:
     # The first unit's field is so wide that the last unit's is right with jump j
     ends = [axis.r - axis.P + (n - 1) * (axis.j - j) for axis in after]
     padding = max(axis.P for axis in after)
+    before = [axis.before for axis in after]
     largest = max(before, key=lambda axis: axis[:2])
     r_in = max(axis.r for axis in before)
     padding_in = max(axis.P for axis in before)
@@ -222,7 +222,7 @@ class Dependence(NamedTuple):
         probe = self.probe
         return bool(probe.windows[0]) or all(map(Tensor.equal, units, probe.known.units))
 
-    def follow(self, units: Units) -> list[tuple[Axis, Axis]] | None:
+    def follow(self, units: Units) -> list[Axis] | None:
         """Return what the rows and columns of a map with these units see.
 
         None if there is no such map.
@@ -250,9 +250,7 @@ class Dependence(NamedTuple):
             window = declared or find_window(read, probed)
             if not window or not reads_of(window, n, axis.n)[:, probed].equal(read):
                 return None
-            is_same = not declared and window == UNCHANGED and n == axis.n
-            after = axis if is_same else apply_window(axis, window, n)
-            axes.append((axis, after))
+            axes.append(apply_window(axis, window, n, bool(declared)))
         return axes
 
 
@@ -287,7 +285,7 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
 
 def as_one_unit(axis: Axis) -> Axis:
     """Return what a unit sees that sees what all these units see."""
-    return axis if axis.n == 1 else apply_window(axis, (axis.n, axis.n, 0, 1), 1)
+    return apply_window(axis, (axis.n, axis.n, 0, 1), 1)
 
 
 def extent(known: FeatureMap) -> tuple[int, int]:
@@ -420,9 +418,9 @@ class Probe:
         step = self.n - 1
         self.replays = [hidden[start : start + step] for start in range(0, len(hidden), step)]
         self.replays.append([known.units[0] >= 0] * self.n)
-        self.differs = defaultdict(
-            partial(defaultdict, bool)
-        )  # by the numbers of result and replay
+
+        # By the numbers of result and replay
+        self.differs = defaultdict(lambda: defaultdict(bool))
 
     def replay(self, value: float) -> bool:
         """Repeat the call with each probe; tell whether what changes is NaN.
@@ -565,7 +563,7 @@ class FieldRun(Run):
                     inner.fields.clear()
                 content = whole[0]
                 self.record(tensors, whole)
-                self.note(layer, sources, whole)
+                self.note(layer, whole)
         if content.unknown == UNSEEN:
             layer.unknown = UNSEEN
         elif sources and tensors and not any(content):
@@ -587,9 +585,9 @@ class FieldRun(Run):
         versions = [tensor._version for tensor in given]
         output = func(*args, **kwargs)
         changed = changed_in(given, versions)
-        known = [tensor for tensor, _ in self.contents.values()]
-        void = [tensor for tensor in known if address(tensor) in changed]
-        self.record(void, [Content(unknown=CHANGED)])
+        if sources:
+            void = [tensor for tensor, _ in self.contents.values() if address(tensor) in changed]
+            self.record(void, [Content(unknown=CHANGED)])
         tensors = tensors_in([output, changed])
         if isinstance(output, Tensor) and not output.dim() and output.dtype == torch.bool:
             sources, found = [], [NOTHING]  # an assertion may ask for it
@@ -598,7 +596,7 @@ class FieldRun(Run):
             layer = self.running[-1]
             if layer.is_block:
                 layer = self.add_function(func, output)
-            self.note(layer, sources, found)
+            self.note(layer, found)
         return output
 
     def add_function(self, func: Callable, output: object) -> Layer:
@@ -634,25 +632,20 @@ class FieldRun(Run):
         self.running = running
         return found
 
-    def note(self, layer: Layer, sources: list, found: list[Content]) -> None:
-        """Note what a call returns in its results, and the change to the map in the report's line.
+    def note(self, layer: Layer, found: list[Content]) -> None:
+        """Note in the report's line what a call does to the map.
 
         The line tells of the first result that comes from the images.
         """
         known, unknown = next(filter(any, found), NOTHING)
         layer.unknown = layer.unknown or unknown
-        if known:
-            before = {id(axis) for _, content in sources for axis in content.map.axes}
-            is_new = [id(axis) not in before for axis in known.axes]
-            height, width = map(table_row, known.axes, is_new)
-            if any(is_new):
-                layer.fields.append({"height": height, "width": width})
+        if known and any(axis.is_new for axis in known.axes):
+            height, width = map(table_row, known.axes)
+            layer.fields.append({"height": height, "width": width})
 
 
-def table_row(axis: Axis, is_new: bool) -> dict[str, int | None]:
+def table_row(axis: Axis) -> dict[str, int | None]:
     """Return one layer along height or width, in the table's terms."""
-    if not is_new:
-        axis = axis._replace(window=UNCHANGED, before=axis)
     row = dict(zip("kspd", axis.window or [None] * 4, strict=True))
     for name, number_in, number_out in zip("njrP", axis.before, axis, strict=False):
         row[f"{name}_in"] = number_in
