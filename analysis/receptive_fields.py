@@ -217,11 +217,6 @@ class Dependence(NamedTuple):
     live: Tensor  # (*shape of one image in the result) bool: what depends on the map at all
     batch: int  # the result's axis of the images
 
-    def is_certain(self, units: Units) -> bool:
-        """Tell whether no other place is as likely: one where the map was, or of declared windows."""
-        probe = self.probe
-        return bool(probe.windows[0]) or all(map(Tensor.equal, units, probe.known.units))
-
     def follow(self, units: Units) -> list[Axis] | None:
         """Return what the rows and columns of a map with these units see.
 
@@ -259,33 +254,30 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
 
     Raises CannotFollowError.
     """
+    lives = torch.stack([branch.live for branch in branches])
+    sizes = {branch.probe.known.size for branch in branches}
     batch = branches[0].batch
     explained = []
-    for units in possible_units(branches):
+    for units in possible_units(lives.any(0), sizes):
         followed = [branch.follow(units) for branch in branches]
         if None in followed:
             continue
-        touched = [mark_units(branch.live[None], units) for branch in branches]
-        if not torch.cat(touched).all(0).any():
+        if not mark_units(lives, units).all(0).any():
             raise CannotFollowError("it puts maps side by side")
         axes = map(merge_branches, zip(*followed, strict=True))
         known = FeatureMap(tuple(axes), units, batch)
-        if any(branch.is_certain(units) for branch in branches):
+        if any(branch.probe.is_certain(units) for branch in branches):
             return known
         explained.append(known)
 
     if explained:
         return min(explained, key=extent)
     for branch in branches:
-        axes = branch.probe.known.axes
-        if branch.live.all() and all(axis.sees_all for axis in axes):
-            return FeatureMap(tuple(map(as_one_unit, axes)), image_map((1, 1)).units, batch)
+        before = branch.probe.known.axes
+        if branch.live.all() and all(axis.sees_all for axis in before):
+            axes = [apply_window(axis, (axis.n, axis.n, 0, 1), 1) for axis in before]
+            return FeatureMap(tuple(axes), image_map((1, 1)).units, batch)
     raise CannotFollowError("no window explains which rows and columns it reads")
-
-
-def as_one_unit(axis: Axis) -> Axis:
-    """Return what a unit sees that sees what all these units see."""
-    return apply_window(axis, (axis.n, axis.n, 0, 1), 1)
 
 
 def extent(known: FeatureMap) -> tuple[int, int]:
@@ -299,20 +291,18 @@ def extent(known: FeatureMap) -> tuple[int, int]:
     return height.r * width.r, height.n * width.n
 
 
-def possible_units(branches: list[Dependence]) -> Iterator[Units]:
+def possible_units(live: Tensor, sizes: set[Size]) -> Iterator[Units]:
     """Yield to which rows and columns of a map the numbers of a result may belong.
 
     A map lies along two axes, or one, or in one axis that holds its units row by row, before or
-    after the channels. Numbers beside them that do not depend on the image, as those of a class
-    token, belong to none.
+    after the channels, of which there may be several if it has one of the `sizes`. Numbers beside
+    them that do not depend on the image (`live`), as those of a class token, belong to none.
     """
-    live = torch.stack([branch.live for branch in branches]).any(0)
     axes = []
     for axis, n in enumerate(reversed(live.shape)):
         axes.append(torch.arange(n).view(-1, *[1] * axis))
     for columns, rows in itertools.permutations(axes, 2):
         yield rows, columns
-    sizes = {branch.probe.known.size for branch in branches}
     for axis in axes:
         alive = live.float().sum_to_size(axis.shape) > 0
         count = int(alive.sum())
@@ -357,7 +347,7 @@ class Call(NamedTuple):
         """
         copies = []
 
-        def copy_of(tensor: Tensor) -> Tensor:
+        def copy_of(tensor):
             if tensor is source:
                 tensor = other
             elif inverted and tensor.dtype == torch.bool:
@@ -370,18 +360,6 @@ class Call(NamedTuple):
         with torch.random.fork_rng(devices=[]):
             output = self.func(*args, **kwargs)
         return tensors_in([output, [tensor for tensor in copies if tensor._version]])
-
-
-def changed_in(given: list[Tensor], versions: list[int]) -> dict[int, Tensor]:
-    """Return the tensors, by their addresses, that a call was given and has changed in place.
-
-    Of tensors that share their memory, which seem to change together, only the first.
-    """
-    changed = {}
-    for tensor, version in zip(given, versions, strict=True):
-        if tensor._version != version:
-            changed.setdefault(address(tensor), tensor)
-    return changed
 
 
 class Probe:
@@ -421,6 +399,11 @@ class Probe:
 
         # By the numbers of result and replay
         self.differs = defaultdict(lambda: defaultdict(bool))
+
+    def is_certain(self, units: Units) -> bool:
+        """Tell whether units need no comparison: the map was there, or its windows are declared."""
+        is_unmoved = all(map(Tensor.equal, units, self.known.units))
+        return is_unmoved or bool(self.windows[0])
 
     def replay(self, value: float) -> bool:
         """Repeat the call with each probe; tell whether what changes is NaN.
@@ -473,8 +456,8 @@ class Probe:
 def find_content(probes: list[Probe], index: int) -> Content:
     """Return what a result holds."""
     try:
-        branches = [probe.dependence(index) for probe in probes]
-        branches = [branch for branch in branches if branch]
+        found = [probe.dependence(index) for probe in probes]
+        branches = list(filter(None, found))
         return Content(find_map(branches)) if branches else NOTHING
     except CannotFollowError as reason:
         return Content(unknown=str(reason))
@@ -552,10 +535,11 @@ class FieldRun(Run):
         tensors = tensors_in(output)
         content = self.content_of(tensors[0]) if tensors else NOTHING
         if sources and self.running and content.unknown:
-            twin = self.twin[name]
-            # In a copy because a module may keep what it is given
-            call = Call(lambda *args, **kwargs: copy_model(twin)(*args, **kwargs), args, kwargs)
-            whole = self.follow(call, sources)
+
+            def run_copy(*args, **kwargs):  # because a module may keep what it is given
+                return copy_model(self.twin[name])(*args, **kwargs)
+
+            whole = self.follow(Call(run_copy, args, kwargs), sources)
             if whole[0].map:
                 for inner in self.layers[start:]:
                     inner.unknown = None
@@ -584,7 +568,12 @@ class FieldRun(Run):
         found = self.follow(Call(func, args, kwargs), sources)  # before it changes what it is given
         versions = [tensor._version for tensor in given]
         output = func(*args, **kwargs)
-        changed = changed_in(given, versions)
+
+        # Of tensors that share their memory, and so seem to change together, only the first
+        changed = {}
+        for tensor, version in zip(given, versions, strict=True):
+            if tensor._version != version:
+                changed.setdefault(address(tensor), tensor)
         if sources:
             void = [tensor for tensor, _ in self.contents.values() if address(tensor) in changed]
             self.record(void, [Content(unknown=CHANGED)])
