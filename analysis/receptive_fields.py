@@ -144,9 +144,10 @@ def merge_branches(after: tuple[Axis, ...]) -> Axis:
     padding = max(axis.P for axis in after)
     before = [axis.before for axis in after]
     largest = max(before, key=lambda axis: axis[:2])
-    r_in = max(axis.r for axis in before)
-    padding_in = max(axis.P for axis in before)
-    largest = largest._replace(r=r_in, P=padding_in)
+    largest = largest._replace(
+        r=max(axis.r for axis in before),
+        P=max(axis.P for axis in before),
+    )
     return Axis(n, j, max(ends) + padding, padding, pixels, None, largest)
 
 
@@ -202,8 +203,8 @@ def declared_windows(call: "Call") -> list[Window | None]:
     if isinstance(padding, str):
         padding = np.subtract(kernel, 1) * dilation // 2 if padding == "same" else 0
     settings = kernel, stride, padding, dilation
-    by_axis = [np.broadcast_to(setting, 2).tolist() for setting in settings]
-    return list(zip(*by_axis, strict=True))
+    by_setting = [np.broadcast_to(setting, 2) for setting in settings]
+    return np.transpose(by_setting).tolist()
 
 
 # Maps in tensors
@@ -225,11 +226,9 @@ class Dependence(NamedTuple):
         probe = self.probe
         marked = [mark_units(numbers, units) for numbers in self.changed]
         used = torch.cat(marked).any(0)
-        lines = zip(
-            marked, self.changed, probe.known.axes, probe.probed, probe.windows, strict=True
-        )
         axes = []
-        for number, (part, numbers, axis, probed, declared) in enumerate(lines):
+        for number, axis in enumerate(probe.known.axes):
+            part = marked[number]
             by_unit = part.any(2 - number, keepdim=True)
             if not part.equal(by_unit & used.any(number, keepdim=True)):
                 return None
@@ -239,9 +238,11 @@ class Dependence(NamedTuple):
             # pixel_unshuffle; but if all units see the same, they must see all of it. Otherwise
             # the rows or columns of this place are channels.
             all_of_it = read[0].sum() * self.live.sum()
-            if (read == read[0]).all() and numbers.sum() < all_of_it:
+            if (read == read[0]).all() and self.changed[number].sum() < all_of_it:
                 return None
             n = len(read)
+            probed = probe.probed[number]
+            declared = probe.windows[number]
             window = declared or find_window(read, probed)
             if not window or not reads_of(window, n, axis.n)[:, probed].equal(read):
                 return None
@@ -412,9 +413,9 @@ class Probe:
         is not chosen does not show.
         """
         tensor = self.tensor
-        other = tensor == 0
+        other = (tensor == 0).to(tensor.dtype)
         if tensor.is_floating_point():
-            other = torch.tensor(value)
+            other = tensor.new_tensor(value)
         inverted = not math.isnan(value)
         plain = self.call.replay(tensor, tensor, inverted)
         is_nan = True
@@ -695,13 +696,16 @@ def agrees(known: FeatureMap, seen: Dependence | None, nan_passes: bool) -> bool
     """
     if not seen:
         return not nan_passes
-    lines = zip(known.axes, seen.changed, seen.probe.probed, strict=True)
-    for number, (axis, changed, probed) in enumerate(lines):
+    for number, axis in enumerate(known.axes):
+        probed = seen.probe.probed[number]
+        changed = seen.changed[number][:, 0, 0]
         starts = axis.j * torch.arange(axis.n)[:, None] - axis.P
         offsets = probed - starts
-        sees = set(offsets[changed[:, 0, 0].any(2 - number).T].tolist())
+        sees = set(offsets[changed.any(2 - number).T].tolist())
         is_whole = (starts >= 0) & (starts + axis.r <= axis.pixels)
         ends = {0, axis.r - 1} & set(offsets[is_whole.flatten()].flatten().tolist())
-        if not sees <= {*range(axis.r)} or nan_passes and not ends <= sees:
+        if not sees <= {*range(axis.r)}:
+            return False
+        if nan_passes and not ends <= sees:
             return False
     return True
