@@ -2,10 +2,11 @@
 
 `FieldRun` runs a model on noise and follows every call in it. The call is replayed on copies of
 what it was given, with NaN in one row, or one column, of the map that goes in; what turns NaN
-depends on that row or column. `find_map` looks for a map in the result, and for the window (kernel
-size, stride, padding, dilation) that explains which rows and columns depend on which. The
-recurrences then give jump, receptive field and accumulated padding. If no window explains a call,
-its result is unknown, and so is everything that is computed from it.
+depends on that row or column. `find_map` tries to which rows and columns of a map the numbers of
+the result may belong, and looks for the window (kernel size, stride, padding, dilation) that
+explains which rows and columns depend on which. The recurrences then give jump, receptive field
+and accumulated padding. If no window explains a call, its result is unknown, and so is everything
+that is computed from it. In the end, the whole model is probed from the pixels.
 
 The recurrences and their terms are those of Araujo, Norris, Sim, "Computing Receptive Fields of
 Convolutional Neural Networks", Distill 2019.
@@ -26,7 +27,10 @@ from utils import describe_error
 
 Window = tuple[int, int, int, int]  # kernel size, stride, padding, dilation along one axis
 Size = tuple[int, int]  # rows and columns
-Units = tuple[Tensor, Tensor]  # of each number of an image, its row and its column in a map
+
+# Of each number in a tensor's part of one image, the row and the column of the map to which it
+# belongs, or -1. Both can be broadcast to the shape of `images_of(...)[0]`.
+Units = tuple[Tensor, Tensor]
 
 CHANGED = "it was changed through another tensor that shares its memory"
 UNSEEN = "it comes from no call of a torch function that can be seen"
@@ -61,24 +65,20 @@ class Axis(NamedTuple):
     P: int  # accumulated padding: pixels by which the first unit's field passes the image's edge
     pixels: int  # size of the image
 
-    # The call that made it: its window, None if branches meet, the axis before it, and whether it
-    # is worth a row in the table
+    # The call that made it: its window, None if branches meet; the axis before it; and whether it
+    # changes anything
     window: Window | None = None
     before: "Axis | None" = None
     is_new: bool = True
 
     @property
     def sees_all(self) -> bool:
-        """Whether every unit's field is as large as the image."""
+        """Whether every unit's receptive field covers the image."""
         return (self.n - 1) * self.j <= self.P and self.r - self.P >= self.pixels
 
 
 class FeatureMap(NamedTuple):
-    """A map in a tensor: where it lies there, and what its units see along height and width.
-
-    `units` tells of each number of an image in which row of the map it is, and in which column; -1
-    if in none. Both can be broadcast to the shape of `images_of(tensor, batch)[0]`.
-    """
+    """A map in a tensor: what its rows and columns see, and which numbers belong to them."""
 
     axes: tuple[Axis, Axis]
     units: Units
@@ -108,7 +108,7 @@ def image_map(size: Size) -> FeatureMap:
 
 
 def images_of(tensor: Tensor, batch: int) -> Tensor:
-    """Return a view (N, 1, 1, *the other axes), with axes for rows and columns that it lacks."""
+    """Return a view (N, 1, 1, *the other axes); the added ones are the rows or columns it lacks."""
     return tensor.movedim(batch, 0)[:, None, None]
 
 
@@ -116,7 +116,10 @@ def images_of(tensor: Tensor, batch: int) -> Tensor:
 
 
 def apply_window(axis: Axis, window: Window, n: int, declared: bool = False) -> Axis:
-    """Return what the units see after a window that stops at n places."""
+    """Return what the units see after a window that stops at n places.
+
+    A window that a call declares is always worth a row in the table.
+    """
     k, s, p, d = window
     r = axis.r + d * (k - 1) * axis.j
     padding = axis.P + p * axis.j
@@ -125,7 +128,7 @@ def apply_window(axis: Axis, window: Window, n: int, declared: bool = False) -> 
 
 
 def merge_branches(after: tuple[Axis, ...]) -> Axis:
-    """Join branches, each given as after the call that joins them.
+    """Join branches, given as each would be after the call without the others.
 
     A unit sees what it sees in any of them. Raises CannotFollowError.
     """
@@ -163,10 +166,10 @@ def reads_of(window: Window, n_out: int, n_in: int) -> Tensor:
 
 
 def find_window(reads: Tensor, probed: Tensor) -> Window | None:
-    """Return a window that may read, of the units `probed`, those in `reads` (n_out, len(probed)).
+    """Return the only window that may read, of the units `probed`, those in `reads`.
 
-    The places with the most reads, where the whole window is in the map, show kernel size, stride
-    and dilation.
+    `reads` is (n_out, len(probed)) bool. The places with the most reads, where the whole window is
+    in the map, show kernel size, stride and dilation.
     """
     counts = reads.sum(1)
     places = (counts == counts.max()).nonzero().flatten().tolist()
@@ -184,7 +187,7 @@ def find_window(reads: Tensor, probed: Tensor) -> Window | None:
 
 
 def function_name(func: Callable) -> str:
-    """Return relu for relu_, too."""
+    """Return the name of a torch function, relu for relu_, too."""
     return func.__name__.strip("_").removesuffix("_with_indices")
 
 
@@ -214,14 +217,14 @@ class Dependence(NamedTuple):
     """What changes in a result with each probed row, then column, of the map that goes in."""
 
     probe: "Probe"
-    changed: tuple[Tensor, Tensor]  # by rows, then columns (probed, *shape of an image) bool
-    live: Tensor  # (*shape of one image in the result) bool: what depends on the map at all
+    changed: tuple[Tensor, Tensor]  # (rows or columns probed, *shape of `images_of(...)[0]`) bool
+    live: Tensor  # (*shape of `images_of(...)[0]`) bool: what depends on the map at all
     batch: int  # the result's axis of the images
 
     def follow(self, units: Units) -> list[Axis] | None:
-        """Return what the rows and columns of a map with these units see.
+        """Return what rows and columns see if the numbers belong to them as `units` says.
 
-        None if there is no such map.
+        None if no windows explain what changes.
         """
         probe = self.probe
         marked = [mark_units(numbers, units) for numbers in self.changed]
@@ -318,9 +321,9 @@ def possible_units(live: Tensor, sizes: set[Size]) -> Iterator[Units]:
 
 
 def mark_units(changed: Tensor, units: Units) -> Tensor:
-    """Return the units that hold any of the numbers `changed` (K, *shape of an image) bool.
+    """Return the units with any number that changed, (K, rows, columns) bool.
 
-    (K, rows, columns) bool.
+    `changed` is (K, *shape of `images_of(...)[0]`) bool.
     """
     rows, columns = torch.broadcast_tensors(*units)
     marked = torch.zeros(len(changed), int(rows.max()) + 1, int(columns.max()) + 1)
@@ -367,7 +370,7 @@ class Probe:
     """One argument of a call, with something else in one row, or one column, of its map.
 
     Each image has one probe, but the last has none, to show if images are mixed. Of many rows or
-    columns, only the first, the middle and the last `count` are probed.
+    columns, only the first, the middle and the last are probed.
     """
 
     def __init__(self, call: Call, tensor: Tensor, known: FeatureMap):
@@ -393,7 +396,7 @@ class Probe:
             self.probed.append(probed)
             hidden += [units == unit for unit in probed]
 
-        # The numbers to replace in each image of each replay; the last replay replaces all
+        # The numbers to replace in each image of each replay; in the last replay, all of the map
         step = self.n - 1
         self.replays = [hidden[start : start + step] for start in range(0, len(hidden), step)]
         self.replays.append([known.units[0] >= 0] * self.n)
@@ -483,7 +486,7 @@ class FieldRun(Run):
         self.nan_passes = True
         self.given = []  # of each running module: where its inner layers begin, and its sources
 
-        # What each tensor holds, by its id, with the tensor, so that no id is used twice
+        # By the id of each tensor: the tensor, so that no id is used twice, and what it holds
         self.contents = {}
         self.record(tensors_in([vars(module) for module in model.modules()]), [NOTHING])
         self.record([images], [Content(image_map(size))])
@@ -504,7 +507,7 @@ class FieldRun(Run):
             self.failure = "the model's output differs from run to run"
 
     def record(self, tensors: list[Tensor], contents: list[Content]) -> None:
-        """Note what tensors hold; if only one content is given, all."""
+        """Note what tensors hold: these contents, or all of them the only one."""
         for tensor, content in zip(tensors, itertools.cycle(contents), strict=False):
             self.contents[id(tensor)] = tensor, content
 
@@ -601,7 +604,7 @@ class FieldRun(Run):
         return layer
 
     def follow(self, call: Call, sources: list[tuple[Tensor, Content]]) -> list[Content]:
-        """Return what the results of a call hold, or why that is not known of any."""
+        """Return what each result of a call holds, or one content that is true of all."""
         if not sources:
             return [NOTHING]
         reasons = {content.unknown for _, content in sources} - {None}
@@ -649,8 +652,9 @@ def table_row(axis: Axis) -> dict[str, int | None]:
 def check_fields(run: FieldRun) -> str:
     """Probe the whole model with rows and columns of pixels.
 
-    Return "ok" if the units of all modules' outputs see those pixels that their maps say, "FAILED"
-    if not, or "skipped" if that cannot be done; then what was found.
+    Return "ok" if jump, receptive field and accumulated padding of all modules' outputs say which
+    pixels their units see, "FAILED" if not, or "skipped" if that cannot be done; then what was
+    found.
     """
     followed = [(name, content.map) for name, content in run.returned if content.map]
     if run.failure or not followed:
@@ -690,9 +694,9 @@ def nan_units(run: FieldRun, images: Tensor) -> list[Tensor]:
 
 
 def agrees(known: FeatureMap, seen: Dependence | None, nan_passes: bool) -> bool:
-    """Tell whether the units of a map see no pixels outside their fields.
+    """Tell whether the units of a map see no pixels outside their receptive fields.
 
-    If NaN passes, those that see no padding must see both ends of their fields.
+    If NaN passes, units that see no padding must show both ends of the field.
     """
     if not seen:
         return not nan_passes

@@ -393,6 +393,11 @@ FOLLOWED = {name: between_convs(function) for name, function in BETWEEN_CONVS.it
         Linear(1568, 9),
     ),
     "30x30: rearranged where all is seen": Net(rearranged_means, conv(), Linear(2, 9)),
+    "30x30: padded window on a unit with the channels last": Net(
+        lambda x, a, b: b(F.layer_norm(a(x).permute(0, 2, 3, 1), (2,)).permute(0, 3, 1, 2)),
+        Conv2d(1, 2, 28),
+        conv(2),
+    ),
     "30x30: mean of the flattened": Net(
         lambda x, a, b: b(a(x).flatten(2).mean(-1)),
         conv(),
