@@ -449,7 +449,7 @@ class Probe:
             if size == self.n:
                 images = differs.movedim(axis + 1, 1)
                 changed = images[:, :-1].flatten(0, 1)[: sum(counts)]
-                if changed.any() and changed.sum() == differs.sum():
+                if changed.sum() == differs.sum():
                     live = images_of(everything, axis).any(0)
                     by_line = images_of(changed, 0).split(counts)
                     return Dependence(self, by_line, live, axis)
