@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from utils import ScriptError, describe_error
 
@@ -22,13 +22,12 @@ SMALLEST_SIDE = 12  # pixels of its longer side
 # Ink is looked for in a plane of pixels, and roughly in cells, which are squares of its pixels
 PLANE_SIDE = 960  # at most so many pixels along the longer side
 CELLS = 192  # at most so many cells along the longer side
-MIN_CONTRAST = 0.03  # of ink; black on white has 1
+MIN_CONTRAST = 0.08  # of ink; black on white has 1
 MIN_SIGNAL_TO_NOISE = 9
 
-# Shares of the darkest ink. A shape consists of cells above a weak threshold, and has one above the
-# strong one. The second weak threshold is for ruled paper, whose lines are above the first.
-STRONG = 0.35
-WEAK = 0.12, 0.25
+# Shares of the darkest ink. A shape consists of weak cells and has a strong one.
+STRONG = 0.4
+WEAK = 0.15
 
 # Shares of the typical height of a picture's digits
 SMALLEST_DIGIT = 0.5
@@ -38,13 +37,7 @@ GAP = 0.2  # between parts of one digit
 # In pixels of MNIST, where a digit fills a box of 20x20 in an image of 28x28
 BOX = 20
 THIN_LINE = 1.9  # a thinner line is widened
-WIDENED_LINE = 2.2
-WIDEST_LINE = 8  # a wider one is no digit
-
-# In quarters of these pixels, because a digit is centred to a quarter
-FINE_BOX = 74  # less than 80, because a digit between whole pixels covers up to two more
-FINE_IMAGE = 112
-FINE_CENTER = 57.5  # the middle of pixel 14, as in MNIST
+WIDEST_LINE = 6.5  # a wider one is no digit
 NO_INK = "no ink in lines that stand out: write digits dark on light paper or light on dark"
 
 
@@ -100,7 +93,7 @@ def to_array(image: Image.Image) -> ndarray:
     if image.mode[0] in "IF":  # more than 8 bits, which Pillow's own conversion would clip
         grey = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
         brightest = max(grey.max(), 1e-9)
-        return np.stack([shrink(grey / brightest, factor)] * 3, 2)
+        image = Image.fromarray(np.uint8(grey / brightest * 255))
     transparent = image.mode[-1] in "Aa" or "transparency" in image.info
     image = image.convert("RGBA" if transparent else "RGB")
     pixels = np.asarray(image.reduce(factor), np.float32) / 255
@@ -112,30 +105,33 @@ def to_array(image: Image.Image) -> ndarray:
     return on_white if np.ptp(on_white) > 0.1 else on_black
 
 
-def find_digits(picture: ndarray, left: int = 0, top: int = 0) -> list[Digit]:
+def find_digits(picture: ndarray) -> list[Digit]:
     """Return the digits of a picture, line by line, each line from left to right.
 
     `picture` is (H, W, 3), float32 in 0..1, with digits anywhere, darker or lighter than their
-    paper. If there are digits in frames or dark boxes, only those are returned. `left` and `top`
-    are added to the digits' boxes. Raises ScriptError if there is no ink.
+    paper. If there are digits in frames or dark boxes, only those are returned. Raises
+    ScriptError if there is no ink.
     """
     ink = find_ink(picture)
-    shapes = find_shapes(ink)
-    corner = np.array([left, top, left, top])
+    shapes = find_shapes(ink.cells)
     digits = []
-    for shape in filter(Shape.is_frame, shapes):
-        margin = max(shape.size) // 8
-        x1, y1 = ink.scale * (shape.box[:2] + margin)
-        x2, y2 = ink.scale * (shape.box[2:] - margin)
+    for frame in filter(is_frame, shapes):
+        margin = max(frame.size) // 8
+        x1, y1 = ink.scale * (frame.box[:2] + margin)
+        x2, y2 = ink.scale * (frame.box[2:] - margin)
         with contextlib.suppress(ScriptError):
-            digits += find_digits(picture[y1:y2, x1:x2], left + x1, top + y1)
+            for digit in find_digits(picture[y1:y2, x1:x2]):
+                digits.append(digit._replace(box=np.add(digit.box, (x1, y1, x1, y1))))
     if not digits:
-        for shape in join_shapes(shapes, ink.cells.shape[::-1]):
+        for shape in join_shapes(shapes):
+            mask = shape.cut().repeat(ink.cell, 0).repeat(ink.cell, 1)
             x1, y1, x2, y2 = ink.cell * shape.box
-            mask = shape.mask().repeat(ink.cell, 0).repeat(ink.cell, 1)
             image = center_digit(ink.pixels[y1:y2, x1:x2] * mask)
-            if image is not None:
-                digits.append(Digit(image, corner + ink.scale * shape.box))
+            line = line_width(image)
+            if line < THIN_LINE:  # else a pencil's line is a shade of grey that MNIST lacks
+                image = widen(image)
+            if line <= WIDEST_LINE:
+                digits.append(Digit(image, ink.scale * shape.box))
     if not digits:
         raise ScriptError(NO_INK)
     return sort_lines(digits)
@@ -145,8 +141,7 @@ class Ink(NamedTuple):
     """How dark a picture's ink is, or how light on dark paper: 0 as the paper, 1 at most."""
 
     pixels: ndarray  # (H, W), the picture's pixels or means of their squares
-    cells: ndarray  # (h, w), the maximum of each square of pixels
-    noise: float  # standard deviation of a pixel
+    cells: ndarray  # (h, w), the maximum of each square of pixels, 0 where it may be noise
     cell: int  # side of a cell in these pixels
     scale: int  # side of a cell in pixels of the picture
 
@@ -161,9 +156,8 @@ def find_ink(picture: ndarray) -> Ink:
     factor = math.ceil(side / PLANE_SIDE)
     while True:
         plane = shrink(picture[..., colour], factor)
-        plane = np.log(plane + 0.1) / math.log(11)  # a shadow, which is a factor, becomes an offset
         cell = math.ceil(max(plane.shape) / CELLS)
-        pixels = subtract_paper(plane, cell)
+        pixels = compare_with_paper(plane, cell)
         squares = pixels.reshape(len(pixels) // cell, cell, -1, cell)
         cells = squares.max((1, 3))  # not the mean, so that thin lines count in full
         low, high = np.percentile(cells, (25, 99.97)).tolist()  # floats keep arrays float32
@@ -173,8 +167,8 @@ def find_ink(picture: ndarray) -> Ink:
         noise = 0.6 * np.percentile(differences, 75)  # the standard deviation, if it is normal
         if contrast >= max(MIN_CONTRAST, MIN_SIGNAL_TO_NOISE * noise):
             pixels = np.clip((pixels - low) / contrast, 0, 1)
-            cells = (cells - low) / contrast
-            return Ink(pixels, cells, noise / contrast, cell, cell * factor)
+            cells = np.where(cells > low + 3 * noise, cells - low, 0) / contrast
+            return Ink(pixels, cells, cell, cell * factor)
         if max(plane.shape) < 200:
             raise ScriptError(NO_INK)
         factor *= 2  # because means of pixels have less noise
@@ -185,117 +179,126 @@ def shrink(plane: ndarray, factor: int) -> ndarray:
     return np.asarray(Image.fromarray(plane).reduce(factor))
 
 
-def subtract_paper(plane: ndarray, cell: int) -> ndarray:
-    """Return how far each pixel differs from its paper towards the ink's colour.
+def compare_with_paper(plane: ndarray, cell: int) -> ndarray:
+    """Return by what share a pixel is darker than its paper, or how much lighter than dark paper.
 
-    `plane` is (H, W). The result is padded to whole cells.
+    `plane` is (H, W) in 0..1. The result is padded to whole cells. A share, because a shadow makes
+    ink and paper darker by the same factor.
     """
     padded = np.pad(plane, [(0, -side % cell) for side in plane.shape], "edge")
-    small = shrink(padded, cell)
+    padded = padded + 0.1  # so that noise in the dark is no large share
+    sample = padded[::4]
     # The median of five, because thick ink may cover half of the picture, and a desk two sides
-    parts = small, small[0], small[-1], small[:, 0], small[:, -1]
+    parts = sample, padded[0], padded[-1], padded[:, 0], padded[:, -1]
     level = np.median([np.median(part) for part in parts])
-    darkest, lightest = np.percentile(padded[::4], (0.02, 99.98))
-    if lightest - level > level - darkest:  # ink is what differs most from the paper
-        padded = -padded
-        small = -small
-    paper = Image.fromarray(find_paper(small))
-    return np.asarray(paper.resize(padded.shape[::-1], Image.BILINEAR)) - padded
+    darkest, lightest = np.percentile(sample, (0.02, 99.98))
+    if darkest * lightest > level**2:  # ink is what differs most from the paper
+        return padded + find_paper(-padded, cell)
+    return 1 - padded / find_paper(padded, cell)
+
+
+def find_paper(plane: ndarray, cell: int) -> ndarray:
+    """Return how light the paper is at each pixel of (H, W), from the means of cells.
+
+    Of the four rectangles between a cell and the corners, paper is the one whose lightest cell is
+    least light: ink has light on all sides, but neither has a shadow nor a desk beside the paper.
+    """
+    small = shrink(plane, cell)
+    lightest = []
+    for turn in range(4):
+        rows = np.maximum.accumulate(np.rot90(small, turn))
+        lightest.append(np.rot90(np.maximum.accumulate(rows, 1), -turn))
+    paper = Image.fromarray(np.min(lightest, 0))
+    return np.asarray(paper.resize(plane.shape[::-1], Image.BILINEAR))
 
 
 class Shape:
-    """Cells that belong together, (N, 2) of column and row.
+    """Cells that belong together: a mask (h, w) of a picture's cells.
 
     `box` is left, top, right and bottom of what they span, and `size` its width and height.
     """
 
-    def __init__(self, cells: ndarray) -> None:
-        self.cells = cells
-        self.box = np.concatenate([cells.min(0), cells.max(0) + 1])
+    def __init__(self, mask: ndarray) -> None:
+        self.mask = mask
+        self.area = mask.sum()
+        self.box = np.array(Image.fromarray(mask).getbbox())
         self.size = self.box[2:] - self.box[:2]
+        self.height = max(self.size / (2, 1))  # of a digit that lies, it is half its width
+        self.at_edge = 0 in self.box[:2] or any(self.box[:1:-1] == mask.shape)
 
-    def mask(self) -> ndarray:
-        """Return which cells of the box are the shape's, (height, width)."""
-        mask = np.zeros(self.size, bool)
-        mask[tuple((self.cells - self.box[:2]).T)] = True
-        return mask.T
-
-    def is_frame(self) -> bool:
-        """Return whether it runs along all four sides of its box, and is no mere stroke."""
-        turned = [np.rot90(self.mask(), i) for i in range(4)]
-        depth = 1 + max(self.size) // 10
-        lined = min(side[:depth].any(0).mean() for side in turned)
-        return lined > 0.9 and min(self.size) > max(16, max(self.size) / 2)
-
-    def is_at_edge(self, size: tuple[int, int]) -> bool:
-        """Return whether it touches the edge of a picture of that width and height, in cells."""
-        return not self.box[:2].all() or any(self.box[2:] == size)
+    def cut(self) -> ndarray:
+        """Return the mask of the box, (height, width)."""
+        left, top, right, bottom = self.box
+        return self.mask[top:bottom, left:right]
 
 
-def find_shapes(ink: Ink) -> list[Shape]:
-    """Return the connected components of weak cells that hold a strong one.
+def is_frame(shape: Shape) -> bool:
+    """Return whether a shape runs along all four sides of its box, and is no mere stroke."""
+    turned = [np.rot90(shape.cut(), i) for i in range(4)]
+    depth = 1 + max(shape.size) // 10
+    lined = min(side[:depth].any(0).mean() for side in turned)
+    return lined > 0.9 and min(shape.size) > max(16, max(shape.size) / 2)
+
+
+def find_shapes(cells: ndarray) -> list[Shape]:
+    """Return the connected components of weak cells (h, w) that hold a strong one.
 
     This is the hysteresis of Canny's edge detector. Cells touch at a side or a corner.
     """
-    cells = np.pad(ink.cells, 1)
-    row = cells.shape[1]
-    neighbours = -row - 1, -row, -row + 1, -1, 1, row - 1, row, row + 1
-    starts = np.flatnonzero(cells > max(STRONG, 5 * ink.noise)).tolist()
-    for weak in WEAK:
-        unseen = bytearray(
-            cells > max(weak, 3 * ink.noise)
-        )  # faster than an array for single cells
+    padded = np.pad(cells, [(0, 0), (0, 1)])  # no row's end touches the next one's start
+    width = padded.shape[1]
+    steps = [width * y + x for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    strong = np.flatnonzero(padded > STRONG).tolist()
+    for weak in (WEAK, STRONG):  # the latter if rules, which are weak, join digits with the edge
+        unseen = set(np.flatnonzero(padded > weak).tolist())
         shapes = []
-        for start in starts:
-            if unseen[start]:
-                unseen[start] = False
+        for start in strong:
+            if start in unseen:
                 found = [start]
                 for cell in found:  # a list that grows meanwhile
-                    for step in neighbours:
-                        if unseen[cell + step]:
-                            unseen[cell + step] = False
-                            found.append(cell + step)
-                rows, columns = np.divmod(found, row)
-                shapes.append(Shape(np.stack([columns - 1, rows - 1], 1)))
-        if not any(shape.is_at_edge(ink.cells.shape[::-1]) for shape in shapes):
+                    near = unseen.intersection([cell + step for step in steps])
+                    unseen -= near
+                    found += near
+                mask = np.zeros(cells.shape, bool)
+                mask[np.divmod(found, width)] = True
+                shapes.append(Shape(mask))
+        if not any(shape.at_edge for shape in shapes):
             break
     return shapes
 
 
-def join_shapes(shapes: list[Shape], size: tuple[int, int]) -> list[Shape]:
-    """Return a shape for each digit in a picture of that width and height, in cells.
+def join_shapes(shapes: list[Shape]) -> list[Shape]:
+    """Return a shape for each digit.
 
     A digit may consist of several shapes. Specks, rules, and what touches the picture's edge
     beside other shapes are left out.
     """
-    inner = [shape for shape in shapes if not shape.is_at_edge(size)]
-    if 10 * sum(len(shape.cells) for shape in inner) < sum(len(shape.cells) for shape in shapes):
+    inner = [shape for shape in shapes if not shape.at_edge]
+    if 5 * sum(shape.area for shape in inner) < sum(shape.area for shape in shapes):
         inner = shapes
-    heights = [max(shape.size / (2, 1)) for shape in inner]
-    typical = np.median(np.repeat(heights, [len(shape.cells) for shape in inner]))
+    heights = [np.repeat(shape.height, shape.area) for shape in inner]
+    typical = np.median(np.concatenate(heights))
     digits = []
-    for shape in sorted(shapes, key=lambda shape: shape.size[1], reverse=True):
-        width, height = shape.size / typical
+    for shape in sorted(shapes, key=lambda shape: shape.height, reverse=True):
+        height = shape.size[1] / typical
         if height > LARGEST_DIGIT or not (shape in inner or 2 / 3 < height < 3 / 2):
             continue
-        is_large = max(height, 0.6 * width) >= SMALLEST_DIGIT
-        distances = [distance(shape, digit, is_large) for digit in digits]
+        distances = [distance(shape, digit) for digit in digits]
         if min(distances, default=typical) < GAP * typical:
             nearest = np.argmin(distances)
-            digits[nearest] = Shape(np.concatenate([digits[nearest].cells, shape.cells]))
-        elif is_large:
+            digits[nearest] = Shape(digits[nearest].mask | shape.mask)
+        elif shape.height >= SMALLEST_DIGIT * typical:
             digits.append(shape)
     return digits
 
 
-def distance(shape: Shape, digit: Shape, is_large: bool) -> float:
-    """Return the cells between a digit and a shape that may be a part of it.
+def distance(first: Shape, second: Shape) -> float:
+    """Return the cells between two shapes that may be parts of one digit.
 
-    A large part stands above or below: half of its width does not count.
+    Parts stand above each other: half of the narrower one's width does not count.
     """
-    columns, rows = gaps(shape.box, digit.box)
-    if is_large:
-        columns += min(shape.size[0], digit.size[0]) / 2
+    columns, rows = gaps(first.box, second.box)
+    columns += min(first.size[0], second.size[0]) / 2
     return max(columns, rows)
 
 
@@ -322,62 +325,32 @@ def sort_lines(digits: list[Digit]) -> list[Digit]:
     return [digit._replace(line=number) for number, line in enumerate(lines) for digit in line]
 
 
-def find_paper(small: ndarray) -> ndarray:
-    """Return (H, W) without what is dark and narrower than four fifths of the longer side.
-
-    This is a morphological closing. A desk beside the paper is wide enough to count as paper.
-    """
-    reach = 2 * max(small.shape) // 5
-    padded = np.pad(small, reach, "edge")
-    closed = -running_max(-running_max(padded, reach), reach)
-    height, width = small.shape
-    return closed[reach : reach + height, reach : reach + width]
-
-
-def running_max(values: ndarray, reach: int) -> ndarray:
-    """Return the maximum of (H, W) around each pixel, up to `reach` pixels to each side."""
-    size = 2 * reach + 1
-    values = np.pad(values, reach, "edge")
-    for _ in range(2):  # once along each axis
-        values = values.T
-        width = 1
-        while width < size:  # values[i] is the maximum of `width` values from the i-th on
-            step = min(width, size - width)
-            values = np.maximum(values[:-step], values[step:])
-            width += step
-    return values
-
-
-def center_digit(ink: ndarray) -> ndarray | None:
-    """Return ink (H, W) in 0..1 as MNIST's image (28, 28) uint8, or None if it is no digit.
+def center_digit(ink: ndarray) -> ndarray:
+    """Return ink (H, W) in 0..1 as MNIST's image (28, 28) uint8.
 
     The ink is scaled into 20x20, and its centre of mass is put at the centre, as in LeCun et al.,
     "Gradient-Based Learning Applied to Document Recognition" (1998).
     """
-    bounds = Image.fromarray(ink > 0.2).getbbox()
-    if bounds is None:
-        return None
-    left, top, right, bottom = bounds
-    ink = ink[top:bottom, left:right]
-    square = np.pad(ink, [(0, max(ink.shape) - side) for side in ink.shape])
-    line = line_width(Image.fromarray(square).resize((BOX, BOX), Image.BILINEAR))
-    if line > WIDEST_LINE:
-        return None
-    if line < THIN_LINE:  # else a pencil's line is a shade of grey that MNIST does not have
-        reach = round((WIDENED_LINE - line) / 2 * len(square) / BOX)
-        square = running_max(np.pad(square, reach), reach)
-    fine = Image.fromarray(square).resize((FINE_BOX, FINE_BOX), Image.BILINEAR)
-    steps = np.arange(FINE_BOX)
-    left, top = (np.average(steps, weights=np.sum(fine, axis)) for axis in (0, 1))
-    page = Image.new("F", (FINE_IMAGE, FINE_IMAGE))
-    page.paste(fine, (round(FINE_CENTER - left), round(FINE_CENTER - top)))
-    levels = np.asarray(page.reduce(4)) * 255
-    return np.rint(levels).astype(np.uint8)
+    left, top, right, bottom = Image.fromarray(ink > WEAK).getbbox()
+    side = max(right - left, bottom - top)
+    square = Image.fromarray(ink).crop((left, top, left + side, top + side))
+    small = square.resize((BOX, BOX), Image.BILINEAR)
+    steps = np.arange(BOX)
+    left, top = (np.average(steps, weights=np.sum(small, axis)) for axis in (0, 1))
+    image = Image.new("F", (28, 28))
+    image.paste(small, (round(14 - left), round(14 - top)))
+    return np.rint(np.multiply(image, 255)).astype(np.uint8)
 
 
-def line_width(ink: Image.Image) -> float:
+def line_width(image: ndarray) -> float:
     """Return the mean width of an image's lines: twice their area by their perimeter."""
-    padded = np.pad(ink, 1)
-    steps = (abs(np.diff(padded, axis=axis)).sum() for axis in (0, 1))
+    levels = image.astype(float)
+    steps = (abs(np.diff(levels, axis=axis)).sum() for axis in (0, 1))
     perimeter = np.pi / 4 * sum(steps)  # a slanted edge counts in both directions
-    return 2 * padded.sum() / perimeter
+    return 2 * levels.sum() / perimeter
+
+
+def widen(image: ndarray) -> ndarray:
+    """Return an image (28, 28) whose thin lines are as wide and as light as MNIST's."""
+    blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.8))
+    return np.asarray(ImageOps.autocontrast(blurred, (0, 3)))
