@@ -34,10 +34,9 @@ SMALLEST_DIGIT = 0.5
 LARGEST_DIGIT = 2.5
 GAP = 0.2  # between parts of one digit
 
-# In pixels of MNIST, where a digit fills a box of 20x20 in an image of 28x28
-BOX = 20
-THIN_LINE = 1.9  # a thinner line is widened
-WIDEST_LINE = 6.5  # a wider one is no digit
+# Shares of the ink that are more than a pixel inside, when it is scaled as in MNIST
+THIN = 0.08  # thinner lines are widened
+BLOB = 0.65  # what is thicker is no digit
 NO_INK = "no ink in lines that stand out: write digits dark on light paper or light on dark"
 
 
@@ -112,42 +111,37 @@ def find_digits(picture: ndarray) -> list[Digit]:
     paper. If there are digits in frames or dark boxes, only those are returned. Raises
     ScriptError if there is no ink.
     """
-    ink = find_ink(picture)
-    shapes = find_shapes(ink.cells)
+    pixels, cells, factor = find_ink(picture)
+    cell = len(pixels) // len(cells)
+    scale = cell * factor
+    shapes = find_shapes(cells)
     digits = []
     for frame in filter(is_frame, shapes):
         margin = max(frame.size) // 8
-        x1, y1 = ink.scale * (frame.box[:2] + margin)
-        x2, y2 = ink.scale * (frame.box[2:] - margin)
+        x1, y1 = scale * (frame.box[:2] + margin)
+        x2, y2 = scale * (frame.box[2:] - margin)
         with contextlib.suppress(ScriptError):
             for digit in find_digits(picture[y1:y2, x1:x2]):
                 digits.append(digit._replace(box=np.add(digit.box, (x1, y1, x1, y1))))
     if not digits:
         for shape in join_shapes(shapes):
-            mask = shape.cut().repeat(ink.cell, 0).repeat(ink.cell, 1)
-            x1, y1, x2, y2 = ink.cell * shape.box
-            image = center_digit(ink.pixels[y1:y2, x1:x2] * mask)
-            line = line_width(image)
-            if line < THIN_LINE:  # else a pencil's line is a shade of grey that MNIST lacks
-                image = widen(image)
-            if line <= WIDEST_LINE:
-                digits.append(Digit(image, ink.scale * shape.box))
+            x1, y1, x2, y2 = cell * shape.box
+            mask = shape.cut.repeat(cell, 0).repeat(cell, 1)
+            image = prepare_digit(pixels[y1:y2, x1:x2] * mask)
+            if image is not None:
+                digits.append(Digit(image, scale * shape.box))
     if not digits:
         raise ScriptError(NO_INK)
     return sort_lines(digits)
 
 
-class Ink(NamedTuple):
-    """How dark a picture's ink is, or how light on dark paper: 0 as the paper, 1 at most."""
+def find_ink(picture: ndarray) -> tuple[ndarray, ndarray, int]:
+    """Return how dark a picture's ink is, or how light on dark paper: 0 as the paper, 1 at most.
 
-    pixels: ndarray  # (H, W), the picture's pixels or means of their squares
-    cells: ndarray  # (h, w), the maximum of each square of pixels, 0 where it may be noise
-    cell: int  # side of a cell in these pixels
-    scale: int  # side of a cell in pixels of the picture
-
-
-def find_ink(picture: ndarray) -> Ink:
-    """Return the ink of a picture (H, W, 3); raise ScriptError if there is none."""
+    `picture` is (H, W, 3). Returns a plane of its pixels, or of the means of squares of them; the
+    maximum of each cell of this plane, 0 if it may be noise; and the side of the squares. Raises
+    ScriptError if there is no ink.
+    """
     side = max(picture.shape)
     if side < SMALLEST_SIDE:
         raise ScriptError(f"no ink in {side} pixels: name a picture of {SMALLEST_SIDE} or more")
@@ -168,7 +162,7 @@ def find_ink(picture: ndarray) -> Ink:
         if contrast >= max(MIN_CONTRAST, MIN_SIGNAL_TO_NOISE * noise):
             pixels = np.clip((pixels - low) / contrast, 0, 1)
             cells = np.where(cells > low + 3 * noise, cells - low, 0) / contrast
-            return Ink(pixels, cells, cell, cell * factor)
+            return pixels, cells, factor
         if max(plane.shape) < 200:
             raise ScriptError(NO_INK)
         factor *= 2  # because means of pixels have less noise
@@ -215,26 +209,24 @@ def find_paper(plane: ndarray, cell: int) -> ndarray:
 class Shape:
     """Cells that belong together: a mask (h, w) of a picture's cells.
 
-    `box` is left, top, right and bottom of what they span, and `size` its width and height.
+    `box` is left, top, right and bottom of what they span, `size` its width and height, and `cut`
+    the mask there.
     """
 
     def __init__(self, mask: ndarray) -> None:
         self.mask = mask
         self.area = mask.sum()
+        self.at_edge = mask[[0, -1]].any() or mask[:, [0, -1]].any()
         self.box = np.array(Image.fromarray(mask).getbbox())
-        self.size = self.box[2:] - self.box[:2]
-        self.height = max(self.size / (2, 1))  # of a digit that lies, it is half its width
-        self.at_edge = 0 in self.box[:2] or any(self.box[:1:-1] == mask.shape)
-
-    def cut(self) -> ndarray:
-        """Return the mask of the box, (height, width)."""
         left, top, right, bottom = self.box
-        return self.mask[top:bottom, left:right]
+        self.cut = mask[top:bottom, left:right]
+        self.size = self.box[2:] - self.box[:2]
+        self.height = max(self.size / (2, 1))  # a wide shape may be several digits, or lie
 
 
 def is_frame(shape: Shape) -> bool:
     """Return whether a shape runs along all four sides of its box, and is no mere stroke."""
-    turned = [np.rot90(shape.cut(), i) for i in range(4)]
+    turned = [np.rot90(shape.cut, i) for i in range(4)]
     depth = 1 + max(shape.size) // 10
     lined = min(side[:depth].any(0).mean() for side in turned)
     return lined > 0.9 and min(shape.size) > max(16, max(shape.size) / 2)
@@ -276,10 +268,9 @@ def join_shapes(shapes: list[Shape]) -> list[Shape]:
     inner = [shape for shape in shapes if not shape.at_edge]
     if 5 * sum(shape.area for shape in inner) < sum(shape.area for shape in shapes):
         inner = shapes
-    heights = [np.repeat(shape.height, shape.area) for shape in inner]
-    typical = np.median(np.concatenate(heights))
+    typical = np.median([shape.height for shape in inner for _ in range(shape.area)])
     digits = []
-    for shape in sorted(shapes, key=lambda shape: shape.height, reverse=True):
+    for shape in sorted(shapes, key=lambda shape: -shape.height):
         height = shape.size[1] / typical
         if height > LARGEST_DIGIT or not (shape in inner or 2 / 3 < height < 3 / 2):
             continue
@@ -321,36 +312,31 @@ def sort_lines(digits: list[Digit]) -> list[Digit]:
             lines[np.argmin(rows)].append(digit)
         else:
             lines.append([digit])
-    lines.sort(key=lambda line: np.mean([digit.box[1::2] for digit in line]))
+    lines.sort(key=lambda line: line[0].box[1])
     return [digit._replace(line=number) for number, line in enumerate(lines) for digit in line]
 
 
-def center_digit(ink: ndarray) -> ndarray:
-    """Return ink (H, W) in 0..1 as MNIST's image (28, 28) uint8.
+def prepare_digit(ink: ndarray) -> ndarray | None:
+    """Return ink (H, W) in 0..1 as MNIST's image (28, 28) uint8, or None if it is no digit.
 
     The ink is scaled into 20x20, and its centre of mass is put at the centre, as in LeCun et al.,
     "Gradient-Based Learning Applied to Document Recognition" (1998).
     """
     left, top, right, bottom = Image.fromarray(ink > WEAK).getbbox()
     side = max(right - left, bottom - top)
-    square = Image.fromarray(ink).crop((left, top, left + side, top + side))
-    small = square.resize((BOX, BOX), Image.BILINEAR)
-    steps = np.arange(BOX)
+    levels = Image.fromarray(255 * ink)
+    square = levels.crop((left, top, left + side, top + side))
+    small = square.resize((20, 20), Image.BILINEAR)
+    steps = np.arange(20)
     left, top = (np.average(steps, weights=np.sum(small, axis)) for axis in (0, 1))
-    image = Image.new("F", (28, 28))
+    image = Image.new("L", (28, 28))
     image.paste(small, (round(14 - left), round(14 - top)))
-    return np.rint(np.multiply(image, 255)).astype(np.uint8)
 
-
-def line_width(image: ndarray) -> float:
-    """Return the mean width of an image's lines: twice their area by their perimeter."""
-    levels = image.astype(float)
-    steps = (abs(np.diff(levels, axis=axis)).sum() for axis in (0, 1))
-    perimeter = np.pi / 4 * sum(steps)  # a slanted edge counts in both directions
-    return 2 * levels.sum() / perimeter
-
-
-def widen(image: ndarray) -> ndarray:
-    """Return an image (28, 28) whose thin lines are as wide and as light as MNIST's."""
-    blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.8))
-    return np.asarray(ImageOps.autocontrast(blurred, (0, 3)))
+    inside = image.filter(ImageFilter.MinFilter(3))
+    share = np.sum(inside) / np.sum(image)
+    if share > BLOB:
+        return None
+    if share < THIN:  # else a pencil's line is a shade of grey that MNIST does not have
+        blurred = image.filter(ImageFilter.GaussianBlur(0.8))
+        image = ImageOps.autocontrast(blurred, (0, 3))
+    return np.asarray(image)
