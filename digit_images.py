@@ -35,7 +35,7 @@ LARGEST_DIGIT = 2.5
 GAP = 0.2  # between parts of one digit
 
 # Shares of the ink that are more than a pixel inside, when it is scaled as in MNIST
-THIN = 0.08  # thinner lines are widened
+THIN = 0.07  # thinner lines are widened
 BLOB = 0.65  # what is thicker is no digit
 NO_INK = "no ink in lines that stand out: write digits dark on light paper or light on dark"
 
@@ -111,9 +111,8 @@ def find_digits(picture: ndarray) -> list[Digit]:
     paper. If there are digits in frames or dark boxes, only those are returned. Raises
     ScriptError if there is no ink.
     """
-    pixels, cells, factor = find_ink(picture)
+    pixels, cells, scale = find_ink(picture)
     cell = len(pixels) // len(cells)
-    scale = cell * factor
     shapes = find_shapes(cells)
     digits = []
     for frame in filter(is_frame, shapes):
@@ -139,38 +138,33 @@ def find_ink(picture: ndarray) -> tuple[ndarray, ndarray, int]:
     """Return how dark a picture's ink is, or how light on dark paper: 0 as the paper, 1 at most.
 
     `picture` is (H, W, 3). Returns a plane of its pixels, or of the means of squares of them; the
-    maximum of each cell of this plane, 0 if it may be noise; and the side of the squares. Raises
-    ScriptError if there is no ink.
+    maximum of each cell of this plane, or 0 if it may be noise; and the side of a cell in pixels
+    of the picture. Raises ScriptError if there is no ink.
     """
     side = max(picture.shape)
     if side < SMALLEST_SIDE:
         raise ScriptError(f"no ink in {side} pixels: name a picture of {SMALLEST_SIDE} or more")
-    step = math.ceil(side / CELLS)
-    colour = picture[::step].std((0, 1)).argmax()  # the channel with the largest differences
+    colour = picture[::4].std((0, 1)).argmax()  # the channel with the largest differences
+    channel = Image.fromarray(picture[..., colour])
     factor = math.ceil(side / PLANE_SIDE)
     while True:
-        plane = shrink(picture[..., colour], factor)
+        plane = np.asarray(channel.reduce(factor))  # means of squares
         cell = math.ceil(max(plane.shape) / CELLS)
         pixels = compare_with_paper(plane, cell)
         squares = pixels.reshape(len(pixels) // cell, cell, -1, cell)
         cells = squares.max((1, 3))  # not the mean, so that thin lines count in full
         low, high = np.percentile(cells, (25, 99.97)).tolist()  # floats keep arrays float32
         contrast = high - low
-        rows = pixels[:: 2 * cell]
-        differences = abs(rows - np.roll(rows, cell, 1))
+        sample = pixels[:: 2 * cell, ::cell]
+        differences = abs(sample - np.roll(sample, 1, 1))
         noise = 0.6 * np.percentile(differences, 75)  # the standard deviation, if it is normal
         if contrast >= max(MIN_CONTRAST, MIN_SIGNAL_TO_NOISE * noise):
             pixels = np.clip((pixels - low) / contrast, 0, 1)
             cells = np.where(cells > low + 3 * noise, cells - low, 0) / contrast
-            return pixels, cells, factor
+            return pixels, cells, cell * factor
         if max(plane.shape) < 200:
             raise ScriptError(NO_INK)
         factor *= 2  # because means of pixels have less noise
-
-
-def shrink(plane: ndarray, factor: int) -> ndarray:
-    """Return (H, W) with sides smaller by a factor: the mean of each square of pixels."""
-    return np.asarray(Image.fromarray(plane).reduce(factor))
 
 
 def compare_with_paper(plane: ndarray, cell: int) -> ndarray:
@@ -179,8 +173,8 @@ def compare_with_paper(plane: ndarray, cell: int) -> ndarray:
     `plane` is (H, W) in 0..1. The result is padded to whole cells. A share, because a shadow makes
     ink and paper darker by the same factor.
     """
-    padded = np.pad(plane, [(0, -side % cell) for side in plane.shape], "edge")
-    padded = padded + 0.1  # so that noise in the dark is no large share
+    missing = [(0, -side % cell) for side in plane.shape]
+    padded = np.pad(plane + 0.1, missing, "edge")  # 0.1, or noise in the dark is a large share
     sample = padded[::4]
     # The median of five, because thick ink may cover half of the picture, and a desk two sides
     parts = sample, padded[0], padded[-1], padded[:, 0], padded[:, -1]
@@ -194,10 +188,11 @@ def compare_with_paper(plane: ndarray, cell: int) -> ndarray:
 def find_paper(plane: ndarray, cell: int) -> ndarray:
     """Return how light the paper is at each pixel of (H, W), from the means of cells.
 
-    Of the four rectangles between a cell and the corners, paper is the one whose lightest cell is
-    least light: ink has light on all sides, but neither has a shadow nor a desk beside the paper.
+    Each of the four rectangles between a cell and a corner has a lightest cell; the paper is as
+    light as the darkest of these four. So what is dark is ink if there is light on all sides, and
+    paper if it reaches a corner, as a shadow or a desk does.
     """
-    small = shrink(plane, cell)
+    small = Image.fromarray(plane).reduce(cell)
     lightest = []
     for turn in range(4):
         rows = np.maximum.accumulate(np.rot90(small, turn))
@@ -226,10 +221,10 @@ class Shape:
 
 def is_frame(shape: Shape) -> bool:
     """Return whether a shape runs along all four sides of its box, and is no mere stroke."""
-    turned = [np.rot90(shape.cut, i) for i in range(4)]
     depth = 1 + max(shape.size) // 10
-    lined = min(side[:depth].any(0).mean() for side in turned)
-    return lined > 0.9 and min(shape.size) > max(16, max(shape.size) / 2)
+    turned = [np.rot90(shape.cut, i) for i in range(4)]
+    lined = [side[:depth].any(0).mean() for side in turned]
+    return min(lined) > 0.9 and max(shape.size) < 2 * min(shape.size)
 
 
 def find_shapes(cells: ndarray) -> list[Shape]:
@@ -327,8 +322,7 @@ def prepare_digit(ink: ndarray) -> ndarray | None:
     levels = Image.fromarray(255 * ink)
     square = levels.crop((left, top, left + side, top + side))
     small = square.resize((20, 20), Image.BILINEAR)
-    steps = np.arange(20)
-    left, top = (np.average(steps, weights=np.sum(small, axis)) for axis in (0, 1))
+    left, top = (np.average(range(20), weights=np.sum(small, axis)) for axis in (0, 1))
     image = Image.new("L", (28, 28))
     image.paste(small, (round(14 - left), round(14 - top)))
 
