@@ -36,7 +36,7 @@ GAP = 0.2  # between parts of one digit
 
 # Shares of the ink that are more than a pixel inside, when it is scaled as in MNIST
 THIN = 0.07  # thinner lines are widened
-BLOB = 0.65  # what is thicker is no digit
+BLOB = 0.7  # what is thicker is no digit
 NO_INK = "no ink in lines that stand out: write digits dark on light paper or light on dark"
 
 
