@@ -144,7 +144,8 @@ def find_ink(picture: ndarray) -> tuple[ndarray, ndarray, int]:
     side = max(picture.shape)
     if side < SMALLEST_SIDE:
         raise ScriptError(f"no ink in {side} pixels: name a picture of {SMALLEST_SIDE} or more")
-    colour = picture[::4].std((0, 1)).argmax()  # the channel with the largest differences
+    step = math.ceil(side / CELLS)
+    colour = picture[::step].std((0, 1)).argmax()  # the channel with the largest differences
     channel = Image.fromarray(picture[..., colour])
     factor = math.ceil(side / PLANE_SIDE)
     while True:
