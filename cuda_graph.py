@@ -11,25 +11,31 @@ import torch
 from utils import describe_error
 
 
-def graphed(step: Callable, batch_size: int) -> Callable:
+def graphed(step: Callable, batch_size: int, device: torch.device) -> Callable:
     """Return a function like `step` that records the third step on a GPU and replays it afterwards.
 
-    Call it as step(model, optimizer, images, labels, amp), on one model and not on CUDA's default
-    stream. The tensors that it returns hold until the next call. Batches of another size are not
-    replayed; none is if the model cannot be recorded, and a line on standard error says why.
+    Call it as step(model, optimizer, images, labels), on one model. From now on CUDA's default
+    stream is not used. The images and labels of the third step belong to the recording, and the
+    tensors that it returns hold until the next call. Batches of another size are not replayed; none
+    is if the model cannot be recorded, and a line on standard error says why.
     """
+    if device.type != "cuda" or not hasattr(torch.Generator, "clone_state"):  # torch 2.4 or newer
+        return step
+    # Because the default stream cannot be recorded
+    torch.cuda.set_stream(torch.cuda.Stream(device))
     warm_up = 3  # steps in which cuDNN and the allocator settle
     replay = None
 
-    def graphed_step(model, optimizer, images, labels, amp):
+    def graphed_step(*arguments):
         nonlocal batch_size, warm_up, replay
+        images, labels = arguments[2:]
         if len(images) != batch_size:
-            return step(model, optimizer, images, labels, amp)
+            return step(*arguments)
         if replay:
             return replay(images, labels)
 
         before = random_states()
-        result = step(model, optimizer, images, labels, amp)
+        result = step(*arguments)
         warm_up -= 1
         generator = torch.cuda.default_generators[images.device.index]
         state = generator.clone_state()
@@ -37,7 +43,7 @@ def graphed(step: Callable, batch_size: int) -> Callable:
             if random_states() != before:
                 raise RuntimeError("it draws random numbers on the CPU")
             if warm_up == 0:
-                replay = record(step, model, optimizer, images, labels, amp)
+                replay = record(step, *arguments)
         except RuntimeError as error:
             generator.graphsafe_set_state(state)  # a recording that failed has not ended for it
             reason = describe_error(error.__context__ or error)
@@ -48,21 +54,20 @@ def graphed(step: Callable, batch_size: int) -> Callable:
     return graphed_step
 
 
-def record(step: Callable, model, optimizer, images, labels, amp) -> Callable:
-    """Return a function of images and labels that repeats the step on them.
+def record(step: Callable, model, optimizer, images, labels) -> Callable:
+    """Return a function of other images and labels that copies them here and repeats the step.
 
     Raises RuntimeError if the model waits for the GPU.
     """
-    inputs, targets = images.clone(), labels.clone()
     no_update = SimpleNamespace(zero_grad=optimizer.zero_grad, step=lambda: None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = step(model, no_update, inputs, targets, amp)
+        result = step(model, no_update, images, labels)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
 
-    def replay(images, labels):
-        inputs.copy_(images)
-        targets.copy_(labels)
+    def replay(new_images, new_labels):
+        images.copy_(new_images)
+        labels.copy_(new_labels)
         graph.replay()
         for parameter, gradient in gradients:  # because a step that was not replayed left its own
             parameter.grad = gradient

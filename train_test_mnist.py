@@ -47,6 +47,7 @@ import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ RECIPE = {
 
 
 def train_step(
-    model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, amp: bool
+    model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, amp: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Update the model on one batch; return its loss and number of correct answers, on the device.
 
@@ -105,7 +106,6 @@ def train_one_epoch(
     labels: Tensor,
     batch_size: int,
     augmented: bool = False,
-    amp: bool = False,
     log_interval: int = 10,
     description: str = "",
     step: Callable = train_step,
@@ -129,7 +129,7 @@ def train_one_epoch(
         for number, batch in enumerate(bar, 1):
             inputs, targets = images[batch], labels[batch]
             inputs = augment(inputs) if augmented else inputs
-            loss, correct = step(model, optimizer, inputs, targets, amp)
+            loss, correct = step(model, optimizer, inputs, targets)
             if scheduler:
                 scheduler.step()
             totals[0] += loss * len(batch)
@@ -214,18 +214,13 @@ def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
         saved.append(start)
         if not args.dry_run:
             checkpoints.make_way(folder, resumed, options.epochs)
-    if done >= options.epochs:
-        print(f"{start} has finished epoch {done}: nothing left to do; --epochs may be larger")
-        return
+        if done >= options.epochs:
+            print(f"{start} has finished epoch {done}: nothing left to do; --epochs may be larger")
+            return
+        print(f"Going on from {start}")
 
     model, optimizer, scheduler, (train_set, val_set, test_set) = prepare(args, options, resumed)
-    step = train_step
-    if args.device.type == "cuda" and hasattr(torch.Generator, "clone_state"):  # torch 2.4 or newer
-        # Because the default stream cannot be recorded
-        torch.cuda.set_stream(torch.cuda.Stream(args.device))
-        step = graphed(train_step, options.batch_size)
-    if start:
-        print(f"Going on from {start}")
+    step = graphed(partial(train_step, amp=options.amp), options.batch_size, args.device)
     recipe = [f"{name} {getattr(options, name)}" for name in RECIPE]
     print(f"{options.model} on {args.device}: {', '.join(recipe)}")
     validation = "     val loss   accuracy" if val_set else ""
@@ -242,7 +237,6 @@ def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
             *train_set,
             options.batch_size,
             augmented=options.augment,
-            amp=options.amp,
             log_interval=args.log_interval,
             description=f"epoch {epoch}/{options.epochs}",
             step=step,

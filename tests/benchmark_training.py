@@ -45,21 +45,18 @@ TEST_BATCH_SIZE = 1000  # the trainer's default
 @functools.cache
 def prepare(variant, name, device, data_dir):
     """Return two functions: train(steps) and test(); once in a process."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_stream(torch.cuda.Stream(device))
     batch_size = default_batch_size(device)
     model = build_model(name).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     if variant == "classic loop":
         return classic_loop(model, optimizer, batch_size, device, data_dir)
 
+    step = functools.partial(train_step, amp=variant == "with --amp")
+    if variant != "each step from Python":
+        step = graphed(step, batch_size, device)
     keep_freed_memory()
     images, labels = load_mnist(data_dir, True, device)
     test_set = load_mnist(data_dir, False, device)
-    step = train_step
-    if on_gpu and variant != "each step from Python":
-        step = graphed(train_step, batch_size)
 
     def train(steps):
         train_one_epoch(
@@ -69,7 +66,6 @@ def prepare(variant, name, device, data_dir):
             images=images[: steps * batch_size],
             labels=labels[: steps * batch_size],
             batch_size=batch_size,
-            amp=variant == "with --amp",
             step=step,
         )
 

@@ -51,7 +51,7 @@ def recordings(monkeypatch):
 def test_the_same_weights_as_without_a_graph(recipe, train, recordings, tmp_path, monkeypatch):
     train(tmp_path / "graph", *OPTIONS, *RECIPES[recipe])
     assert len(recordings) == 1
-    monkeypatch.setattr(tt, "graphed", lambda step, batch_size: step)
+    monkeypatch.setattr(tt, "graphed", lambda step, batch_size, device: step)
     train(tmp_path / "plain", *OPTIONS, *RECIPES[recipe])
     assert_same(load_all(tmp_path / "graph"), load_all(tmp_path / "plain"))
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_recorded_trains_as_it_is(obstacle, train, tmp_path, monk
     monkeypatch.setattr(Awkward, "obstacle", staticmethod(OBSTACLES[obstacle]), raising=False)
     monkeypatch.setattr(models, "Awkward", Awkward, raising=False)
     results = []
-    for graphed, notes in ((tt.graphed, 1), (lambda step, batch_size: step, 0)):
+    for graphed, notes in ((tt.graphed, 1), (lambda step, batch_size, device: step, 0)):
         monkeypatch.setattr(tt, "graphed", graphed)
         random.seed(1)
         np.random.seed(1)
