@@ -315,15 +315,12 @@ def prepare(args: Namespace, options: Namespace, resumed: dict) -> tuple:
     if resumed:
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
 
-    sets = train_set, val_set, test_set
-    if args.dry_run:  # one batch of each
-        sets = [[tensor[:batch_size] for tensor in each] for each in sets]
     scheduler = None
     if options.lr_scheduler == "onecyclelr":
         # From lr/25 up to lr in the first 30 % of all steps, then down to almost 0, each along half
         # a cosine (Smith and Topin, "Super-Convergence", 2017). To go on, the optimizer must have
         # its state already, because that holds these bounds.
-        steps = math.ceil(len(sets[0][0]) / batch_size)  # in an epoch
+        steps = math.ceil(len(train_set[0]) / batch_size)  # in an epoch
         last = resumed.get("epoch", 0) * steps - 1  # counted from 0
         scheduler = OneCycleLR(
             optimizer, options.lr, options.epochs * steps, cycle_momentum=False, last_epoch=last
@@ -332,6 +329,10 @@ def prepare(args: Namespace, options: Namespace, resumed: dict) -> tuple:
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
+
+    sets = train_set, val_set, test_set
+    if args.dry_run:  # one batch of each
+        sets = [[tensor[:batch_size] for tensor in each] for each in sets]
     """Let seed and epoch number determine the epoch's shuffle and dropout.
 
     Their sum would not do: epoch 2 of seed 1 would then be epoch 1 of seed 2.
