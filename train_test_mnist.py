@@ -333,11 +333,15 @@ def seed_epoch(seed: int, epoch: int) -> None:
     sets = train_set, val_set, test_set
     if args.dry_run:  # one batch of each
         sets = [[tensor[:batch_size] for tensor in each] for each in sets]
+    return model, optimizer, scheduler, sets
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
     """Let seed and epoch number determine the epoch's shuffle and dropout.
 
     Their sum would not do: epoch 2 of seed 1 would then be epoch 1 of seed 2.
     """
-    torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+    torch.manual_seed(np.random.SeedSequence([seed, epoch]).generate_state(1).item())
 
 
 def format_row(history: list[dict]) -> str:
@@ -354,13 +358,28 @@ def parse_args() -> Namespace:
     """Return the options; those of the recipe are None unless they are given."""
     parser = ArgumentParser(usage=SUPPRESS)
     parser.format_help = lambda: __doc__
-    add = parser.add_argument
+    parser.set_defaults(device="auto", data_dir="data", test_batch_size=1000, log_interval=10)
     count = number_type(int, 1, 10**9)
     factor = number_type(float, 0, 1e38)
-    add("--model", type=find_model_name)
-    add("--epochs", type=count)
-    add("--batch-size", type=count)
-    add("--lr", type=factor)
+    types = {
+        "--model": find_model_name,
+        "--epochs": count,
+        "--batch-size": count,
+        "--lr": factor,
+        "--momentum": number_type(float, 0, 1),
+        "--weight-decay": factor,
+        "--val-size": number_type(int, 0, 50001),
+        "--init-from": str,
+        "--seed": number_type(int, 0, 2**32),
+        "--device": device_type,
+        "--data-dir": path_type,
+        "--checkpoint-dir": path_type,
+        "--test-batch-size": count,
+        "--log-interval": count,
+    }
+    add = parser.add_argument
+    for option, kind in types.items():
+        add(option, type=kind)
     add("--lr-scheduler", choices=["constant", "onecyclelr"])
     add("--momentum", type=number_type(float, 0, 1))
     add("--weight-decay", type=factor)
