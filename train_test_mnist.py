@@ -189,8 +189,10 @@ def main() -> None:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        remedy = "choose a smaller --batch-size or --test-batch-size, or --device cpu"
-        raise ScriptError(f"no memory left: {remedy}{how_to_go_on(saved)}") from error
+        raise ScriptError(
+            "no memory left: choose a smaller --batch-size or --test-batch-size, "
+            f"or --device cpu{how_to_go_on(saved)}"
+        ) from error
 
 
 def how_to_go_on(saved: list[Path]) -> str:
@@ -259,8 +261,10 @@ def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
     best_path = folder / checkpoints.BEST
     print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %")
     print(f"Last: epoch {epoch}, test accuracy {row['test_accuracy']:.2f} %, saved as {saved[-1]}")
-    command = "python predict_digits.py --test-set --draw --checkpoint"
-    print(f"Next: {command} {shlex.quote(best_path.as_posix())}")
+    print(
+        "Next: python predict_digits.py --test-set --draw --checkpoint "
+        f"{shlex.quote(best_path.as_posix())}"
+    )
 
 
 def choose_options(given: dict, start: Path | None, resumed: dict) -> Namespace:
@@ -325,10 +329,6 @@ def prepare(args: Namespace, options: Namespace, resumed: dict) -> tuple:
         scheduler = OneCycleLR(
             optimizer, options.lr, options.epochs * steps, cycle_momentum=False, last_epoch=last
         )
-    return model, optimizer, scheduler, sets
-
-
-def seed_epoch(seed: int, epoch: int) -> None:
 
     sets = train_set, val_set, test_set
     if args.dry_run:  # one batch of each
@@ -381,17 +381,7 @@ def parse_args() -> Namespace:
     for option, kind in types.items():
         add(option, type=kind)
     add("--lr-scheduler", choices=["constant", "onecyclelr"])
-    add("--momentum", type=number_type(float, 0, 1))
-    add("--weight-decay", type=factor)
-    add("--val-size", type=number_type(int, 0, 50001))
-    add("--init-from")
-    add("--seed", type=number_type(int, 0, 2**32))
     add("--resume", nargs="?", const=True, type=path_type)
-    add("--device", default="auto", type=device_type)
-    add("--data-dir", default="data", type=path_type)
-    add("--checkpoint-dir", type=path_type)
-    add("--test-batch-size", default=1000, type=count)
-    add("--log-interval", default=10, type=count)
     for flag in ("--augment", "--amp", "--deterministic", "--plot", "--dry-run"):
         add(flag, action="store_true", default=None)
     return parser.parse_args()
