@@ -64,13 +64,13 @@ def try_batch(
 
     Raises ScriptError if the model fails or returns anything else.
     """
+    training = labels is not None
     try:
         with torch.autocast(images.device.type, torch.bfloat16) if amp else nullcontext():
             logits = compute_logits(model, images)
-        if labels is not None:
+        if training:
             F.cross_entropy(logits, labels).backward()
     except Exception as error:  # whatever a user's forward raises
-        training = labels is not None
         option = "--batch-size" if training else "--test-batch-size"
         remedy = "fix it"
         if is_out_of_memory(error):
@@ -95,8 +95,7 @@ def compute_logits(model: nn.Module, images: Tensor) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"it returns a {type(logits).__name__}, not logits {wanted}")
     if not logits.is_floating_point() or logits.shape != wanted:
-        found = f"{logits.dtype} {tuple(logits.shape)}"
-        raise ValueError(f"it returns {found}, not floats {wanted}")
+        raise ValueError(f"it returns {logits.dtype} {tuple(logits.shape)}, not floats {wanted}")
     if not logits.isfinite().all():
         raise ValueError("it returns NaN or infinity")
     return logits
