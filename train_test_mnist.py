@@ -229,7 +229,10 @@ def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
     print(f"epoch   train loss   accuracy{validation}    test loss   accuracy       best   seconds")
 
     for epoch in range(done + 1, options.epochs + 1):
-        seed_epoch(options.seed, epoch)
+        # Seed and epoch number determine the epoch's shuffle and dropout. Their sum would not do:
+        # epoch 2 of seed 1 would then be epoch 1 of seed 2.
+        seeds = np.random.SeedSequence([options.seed, epoch])
+        torch.manual_seed(seeds.generate_state(1).item())
         began = time.perf_counter()
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
         row["train_loss"], row["train_accuracy"] = train_one_epoch(
@@ -307,8 +310,7 @@ def prepare(args: Namespace, options: Namespace, resumed: dict) -> tuple:
     if resumed:
         model.load_state_dict(resumed["model_state_dict"])
     elif options.init_from != "none":
-        weights = checkpoints.load_weights(Path(options.init_from), options.model)
-        model.load_state_dict(weights)
+        model.load_state_dict(checkpoints.load_weights(Path(options.init_from), options.model))
     batch_size = options.batch_size
     check_model(
         options.model, model.state_dict(), *train_set, batch_size, args.test_batch_size, options.amp
@@ -334,14 +336,6 @@ def prepare(args: Namespace, options: Namespace, resumed: dict) -> tuple:
     if args.dry_run:  # one batch of each
         sets = [[tensor[:batch_size] for tensor in each] for each in sets]
     return model, optimizer, scheduler, sets
-
-
-def seed_epoch(seed: int, epoch: int) -> None:
-    """Let seed and epoch number determine the epoch's shuffle and dropout.
-
-    Their sum would not do: epoch 2 of seed 1 would then be epoch 1 of seed 2.
-    """
-    torch.manual_seed(np.random.SeedSequence([seed, epoch]).generate_state(1).item())
 
 
 def format_row(history: list[dict]) -> str:

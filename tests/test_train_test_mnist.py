@@ -11,7 +11,6 @@ import shutil
 import struct
 import sys
 import termios
-from itertools import product
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from subprocess import PIPE, Popen
@@ -136,15 +135,22 @@ def test_best(val_size, train, tmp_path, monkeypatch):
     assert [row["val_accuracy"] for row in log] == validated
 
 
-def test_the_seed_decides(train, tmp_path, monkeypatch):
+def test_seed_and_epoch_decide_what_is_drawn(train, tmp_path, monkeypatch):
     draw = lambda *_, **options: (torch.rand(()).item(), 10.0)  # noqa: E731
     monkeypatch.setattr(tt, "train_one_epoch", draw)
-    train(tmp_path, "--epochs 3 --seed 5")
-    for epoch, row in enumerate(read_log(tmp_path), start=1):
-        tt.seed_epoch(5, epoch)
-        assert float(row["train_loss"]) == torch.rand(()).item()
-    weights = load_checkpoint(tmp_path / BEST)["model_state_dict"]
-    torch.manual_seed(5)  # the first weights depend on the seed, too
+    drawn = {}
+    for seed in range(5):
+        folder = tmp_path / str(seed)
+        train(folder, f"--epochs 5 --seed {seed}")
+        drawn[seed] = [row["train_loss"] for row in read_log(folder)]
+    assert len({number for numbers in drawn.values() for number in numbers}) == 25
+    resumed = tmp_path / "resumed"
+    train(resumed, "--epochs 1 --seed 3")
+    torch.rand(5)
+    train(resumed, "--resume --epochs 5")
+    assert [row["train_loss"] for row in read_log(resumed)] == drawn[3]
+    weights = load_checkpoint(resumed / BEST)["model_state_dict"]
+    torch.manual_seed(3)  # the first weights depend on the seed, too
     assert_same(build_model("Model5").state_dict(), weights)
 
 
@@ -241,14 +247,6 @@ def test_training_takes_sgd_steps_at_the_scheduled_rate():
         velocity = 0.9 * velocity + torch.autograd.grad(loss, reference.scale)[0]
         reference.scale.data -= 0.5 / (1 + number) * velocity
     assert model.scale.item() == approx(reference.scale.item(), rel=1e-5)
-
-
-def test_shuffle_depends_on_seed_and_epoch():
-    orders = set()
-    for seed, epoch in product(range(5), range(1, 6)):
-        tt.seed_epoch(seed, epoch)
-        orders.add(tuple(torch.randperm(60).tolist()))
-    assert len(orders) == 25
 
 
 def test_evaluate():
