@@ -14,21 +14,20 @@ from utils import describe_error
 def graphed(step: Callable, batch_size: int, device: torch.device) -> Callable:
     """Return a function like `step` that records the third step on a GPU and replays it afterwards.
 
-    Call it as step(model, optimizer, images, labels), on one model. From now on CUDA's default
-    stream is not used. The images and labels of the third step belong to the recording, and the
-    tensors that it returns hold until the next call. Batches of another size are not replayed; none
-    is if the model cannot be recorded, and a line on standard error says why.
+    Call it as step(model, optimizer, images, labels), on one model. The images and labels of the
+    third step then belong to the recording; the tensors that it returns hold until the next call.
+    Batches of another size are not replayed; none is if the model cannot be recorded, and a line on
+    standard error says why. On other devices, and before torch 2.4, `step` is returned as it is.
     """
-    if device.type != "cuda" or not hasattr(torch.Generator, "clone_state"):  # torch 2.4 or newer
+    if device.type != "cuda" or not hasattr(torch.Generator, "clone_state"):
         return step
-    # Because the default stream cannot be recorded
-    torch.cuda.set_stream(torch.cuda.Stream(device))
+    torch.cuda.set_stream(torch.cuda.Stream(device))  # because the default one cannot be recorded
     warm_up = 3  # steps in which cuDNN and the allocator settle
     replay = None
 
     def graphed_step(*arguments):
         nonlocal batch_size, warm_up, replay
-        images, labels = arguments[2:]
+        images, labels = arguments[2:]  # after model and optimizer
         if len(images) != batch_size:
             return step(*arguments)
         if replay:
@@ -55,7 +54,7 @@ def graphed(step: Callable, batch_size: int, device: torch.device) -> Callable:
 
 
 def record(step: Callable, model, optimizer, images, labels) -> Callable:
-    """Return a function of other images and labels that copies them here and repeats the step.
+    """Return a function that copies a batch into `images` and `labels` and repeats the step on it.
 
     Raises RuntimeError if the model waits for the GPU.
     """
