@@ -128,7 +128,8 @@ def train_one_epoch(
     ) as bar:
         for number, batch in enumerate(bar, 1):
             inputs, targets = images[batch], labels[batch]
-            inputs = augment(inputs) if augmented else inputs
+            if augmented:
+                inputs = augment(inputs)
             loss, correct = step(model, optimizer, inputs, targets)
             if scheduler:
                 scheduler.step()
@@ -140,8 +141,9 @@ def train_one_epoch(
                 seen = min(number * batch_size, len(images))
                 mean_loss, accuracy = total_loss / seen, 100 * total_correct / seen
                 if not math.isfinite(mean_loss):
-                    problem = f"the loss is {mean_loss} after {number} batches"
-                    raise FloatingPointError(f"{problem}; try a lower --lr")
+                    raise FloatingPointError(
+                        f"the loss is {mean_loss} after {number} batches; try a lower --lr"
+                    )
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, accuracy {accuracy:.2f} %")
     return mean_loss, accuracy
 
@@ -156,8 +158,7 @@ def evaluate(
     """
     model.eval()
     # Copies, because a model may change its input in place
-    batches = (batch.clone() for batch in images.split(batch_size))
-    logits = torch.cat([model(batch) for batch in batches])  # (N, 10)
+    logits = torch.cat([model(batch.clone()) for batch in images.split(batch_size)])  # (N, 10)
     loss = F.cross_entropy(logits, labels).item()
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss in evaluation is {loss}; try a lower --lr")
@@ -172,7 +173,7 @@ def main() -> None:
     folder = args.checkpoint_dir or Path("model_checkpoints")
     if isinstance(args.resume, Path):
         folder = args.resume.parent
-        if args.checkpoint_dir and args.checkpoint_dir.resolve() != folder.resolve():
+        if args.checkpoint_dir and not args.checkpoint_dir.samefile(folder):
             raise ScriptError(f"--checkpoint-dir contradicts {args.resume}; leave it out")
     if args.resume and not folder.is_dir():
         raise ScriptError(f"there is no {folder} to resume in; leave out --resume to start anew")
@@ -261,12 +262,11 @@ def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
         print(format_row(history), flush=True)
 
     best = checkpoints.best_row(history)
-    best_path = folder / checkpoints.BEST
     print(f"Best: epoch {best['epoch']}, test accuracy {best['test_accuracy']:.2f} %")
     print(f"Last: epoch {epoch}, test accuracy {row['test_accuracy']:.2f} %, saved as {saved[-1]}")
     print(
         "Next: python predict_digits.py --test-set --draw --checkpoint "
-        f"{shlex.quote(best_path.as_posix())}"
+        f"{shlex.quote((folder / checkpoints.BEST).as_posix())}"
     )
 
 
