@@ -173,7 +173,7 @@ def main() -> None:
     folder = args.checkpoint_dir or Path("model_checkpoints")
     if isinstance(args.resume, Path):
         folder = args.resume.parent
-        if args.checkpoint_dir and not args.checkpoint_dir.samefile(folder):
+        if args.checkpoint_dir and args.checkpoint_dir.resolve() != folder.resolve():
             raise ScriptError(f"--checkpoint-dir contradicts {args.resume}; leave it out")
     if args.resume and not folder.is_dir():
         raise ScriptError(f"there is no {folder} to resume in; leave out --resume to start anew")
@@ -342,7 +342,7 @@ def format_row(history: list[dict]) -> str:
     """Return the last epoch's line of results."""
     row, best = history[-1], checkpoints.best_row(history)
     line = f"{row['epoch']:5}"
-    for part in ("train", "val", "test"):
+    for part in "train", "val", "test":
         if row[f"{part}_loss"] is not None:
             line += f"   {row[f'{part}_loss']:10.4f}   {row[f'{part}_accuracy']:6.2f} %"
     return f"{line}   {best['test_accuracy']:6.2f} %   {row['seconds']:7.1f}"
