@@ -8,7 +8,7 @@
 The line of one digit names the two most probable answers. Several digits are read line by line,
 with a question mark after each that has less than 80 %:
 
-    photo.jpg: 7 (99.9%), then 1 (0.0%)
+    photo.jpg: 7 (100.0%), then 2 (0.0%)
     page.png: 12345 / 6879? / 88888, least sure 9 (61.3%)
 
 Options:
