@@ -47,14 +47,14 @@ from utils import ScriptError, describe_error, device_type, number_type, path_ty
 
 # The attributes of a layer that the table shows, and what they are
 LAYER_COLUMNS = {
-    "type": "x3: three calls like this one",
+    "type": "class of the layer",
     "output": "shape for one image",
     "weight": "parameters other than biases",
     "bias": "parameters with bias in their names",
     "parameters": "weight and bias; those that several layers share count for the first",
     "share": "of the model's parameters",
     "buffers": "numbers that are stored but not trained",
-    "macs": "multiply-accumulates of matrix products, per image; ? if not counted by torch",
+    "MACs": "multiply-accumulates of matrix products, per image; ? if not counted by torch",
     "kept": "bytes kept for the backward pass of a batch; shared ones count for the first",
 }
 SUMMED = [*LAYER_COLUMNS][2:]  # those of numbers, which have totals
@@ -74,19 +74,13 @@ FIELD_COLUMNS = {
     "RF": "receptive field after the layer, height x width",
 }
 
+ACTIVATIONS = """\
+activations  in training, those kept for the backward pass; in inference, input and output of the \
+largest call"""
+
 SAMPLED = """\
 Of maps with more than 30 rows or columns, the first, middle and last 10 were probed; \
 of large ones, 4."""
-
-
-@dataclasses.dataclass
-class Memory:
-    """Bytes that one part takes in a training step and in inference."""
-
-    part: str
-    meaning: str
-    training: int
-    inference: int
 
 
 @dataclasses.dataclass
@@ -99,7 +93,7 @@ class Analysis:
     device: str
     layers: list[Layer]
     totals: dict[str, int | None]
-    memory: list[Memory]
+    memory: dict[str, dict[str, int]]  # bytes of each part, in training and in inference
     failure: str | None  # why forward or backward fails; the layers then end where it failed
     check: str  # the verdict of the self-check and what it found
 
@@ -156,7 +150,7 @@ def join_layers(costs: list[Layer], layers: list[Layer]) -> list[Layer]:
     for layer in layers:
         cost = next((cost for cost in rest if cost.name == layer.name), None)
         if cost:
-            layer.macs, layer.kept = cost.macs, cost.kept
+            layer.MACs, layer.kept = cost.MACs, cost.kept
             rest.remove(cost)
     for layer in rest:
         layer.is_merged = True
@@ -195,41 +189,53 @@ def count_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, int | N
     return totals | {"trainable": trainable, "frozen": total - trainable, "shared": shared}
 
 
-def add_up_memory(model: nn.Module, costs: CostRun, kept: int) -> list[Memory]:
-    """Return the parts of a training step with SGD and momentum and of inference, and their sum."""
+def add_up_memory(model: nn.Module, costs: CostRun, kept: int) -> dict[str, dict[str, int]]:
+    """Return the bytes that a training step with SGD and momentum takes, and inference.
+
+    `kept` are those that the layers keep for the backward pass.
+    """
     tensors = [*nn.Module.parameters(model)]
     trained = [tensor for tensor in tensors if tensor.requires_grad]
     parameters, trainable, buffers = (
         sum(tensor.numel() * tensor.element_size() for tensor in part)
         for part in (tensors, trained, model.buffers())
     )
-    pixels = 4 * costs.images.numel()
-    labels = 8 * len(costs.images)
-    memory = [
-        Memory("parameters", "weights and biases", parameters, parameters),
-        Memory("gradients", "one for each trainable parameter", trainable, 0),
-        Memory("momentum", "SGD's running sum of gradients", trainable, 0),
-        Memory("buffers", "stored but not trained", buffers, buffers),
-        Memory("input and target", "images, and in training int64 labels", pixels + labels, pixels),
-        Memory("activations kept for backward", "the layers' column `kept`", kept, 0),
-        Memory("activations at work", "input and output of the largest call", 0, costs.at_work),
-    ]
-    training = sum(part.training for part in memory)
-    inference = sum(part.inference for part in memory)
-    return [*memory, Memory("sum", "", training, inference)]
+    training = {
+        "parameters": parameters,
+        "gradients": trainable,
+        "momentum": trainable,
+        "buffers": buffers,
+        "images": 4 * costs.images.numel(),
+        "labels": 8 * len(costs.images),
+        "activations": kept,
+    }
+    inference = training | {
+        "gradients": 0,
+        "momentum": 0,
+        "labels": 0,
+        "activations": costs.at_work,
+    }
+    for parts in training, inference:
+        parts["sum"] = sum(parts.values())
+    return {"training": training, "inference": inference}
 
 
 # The report
 
 
-def format_table(rows: list[tuple]) -> str:
-    """Align the first two columns, which are names, to the left and the others to the right."""
+def format_table(rows: list[tuple], names: int = 2) -> str:
+    """Align the first columns, which are names, to the left and the others to the right.
+
+    Equal rows become one, with their number behind it.
+    """
+    counts = Counter(rows)
     columns = []
-    for index, column in enumerate(zip(*rows, strict=True)):
+    for index, column in enumerate(zip(*counts, strict=True)):
         cells = [format_cell(value) for value in column]
         width = max(map(len, cells))
-        align = str.ljust if index < 2 else str.rjust
+        align = str.ljust if index < names else str.rjust
         columns.append([align(cell, width) for cell in cells])
+    columns.append([f"x{count}" if count > 1 else "" for count in counts.values()])
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
@@ -257,24 +263,21 @@ def format_report(name: str, analysis: Analysis) -> str:
         return "\n".join(lines)
     lines += ["\nReceptive fields", *format_fields(analysis)]
 
-    memory = [("part", "what it is", "training", "inference")]
-    memory += map(dataclasses.astuple, analysis.memory)
     lines.append("\nMemory of a training step (SGD with momentum) and of inference, in bytes")
-    lines.append(format_table(memory))
+    training, inference = analysis.memory.values()
+    memory = [(part, training[part], inference[part]) for part in training]
+    lines.append(format_table([("part", *analysis.memory), *memory], names=1))
+    lines.append(ACTIVATIONS)
     lines += ["\nSelf-check", analysis.check]
     return "\n".join(lines)
 
 
 def format_layers(analysis: Analysis) -> list[str]:
     """Return the tree of layers with its legend."""
-    calls = Counter()
+    rows = [("layer", *LAYER_COLUMNS)]
     for layer in analysis.layers:
         cells = [getattr(layer, column) for column in LAYER_COLUMNS]
-        row = ("  " * layer.depth + layer.name, *cells)
-        calls[row] += 1
-    rows = [("layer", *LAYER_COLUMNS)]
-    for (name, kind, *cells), count in calls.items():
-        rows.append((name, f"{kind} x{count}" if count > 1 else kind, *cells))
+        rows.append(("  " * layer.depth + layer.name, *cells))
     if not analysis.failure:
         totals = [analysis.totals[column] for column in SUMMED]
         rows.append(("total", "", "", *totals))
@@ -298,7 +301,7 @@ def format_fields(analysis: Analysis) -> list[str]:
         if not (cells or layer.is_block or layer.is_merged) and layer.output_shape:
             left_out.add(layer.name.split(".")[-1] if layer.type == "function" else layer.type)
 
-    lines = [format_table(list(dict.fromkeys(rows)))]
+    lines = [format_table(rows)]
     lines += [f"{keys:<12} {text}" for keys, text in FIELD_COLUMNS.items()]
     for reason, names in reasons.items():
         lines.append(f"?            {reason}: {', '.join(dict.fromkeys(names))}")
@@ -331,9 +334,9 @@ def format_comparison(analyses: dict[str, Analysis]) -> str:
             if layer.unknown:
                 size = None
         check = analysis.check.split(":")[0]
-        counts = analysis.totals["parameters"], analysis.totals["macs"]
-        memory = analysis.memory[-1]
-        rows.append((name, check, size, *counts, memory.training, memory.inference))
+        counts = analysis.totals["parameters"], analysis.totals["MACs"]
+        memory = [parts["sum"] for parts in analysis.memory.values()]
+        rows.append((name, check, size, *counts, *memory))
     return f"Comparison\n{format_table(rows)}"
 
 

@@ -36,7 +36,7 @@ class Layer:
     parameters: int = 0
     share: float = 0.0  # per cent of the model's parameters
     buffers: int = 0
-    macs: int | None = 0  # per image; None if torch does not count them
+    MACs: int | None = 0  # per image; None if torch does not count them
     kept: int = 0  # bytes, for the batch
 
     # Height and width, if it changes them
@@ -175,7 +175,7 @@ class CostRun(Run):
         # By their addresses; kept alive, so that no address is used twice
         given = [images, *nn.Module.parameters(model), *model.buffers()]
         self.held = {address(tensor): tensor for tensor in given}
-        self.given = set(self.held)
+        self.given = dict.fromkeys(self.held, 0)  # which takes no memory for a call
         super().__init__(model, images)
 
     def run(self, model: nn.Module) -> None:
@@ -184,7 +184,7 @@ class CostRun(Run):
             super().run(model)
         self.held.clear()
         outputs = [tensor for tensor in tensors_in(model(self.images)) if tensor.requires_grad]
-        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        torch.autograd.backward([output.abs().sum() for output in outputs])  # abs for complex ones
         self.add_uncalled(model)
 
     def add_uncalled(self, model: nn.Module) -> None:
@@ -206,15 +206,15 @@ class CostRun(Run):
         """Note what a module did."""
         self.count()
         layer = self.running[-1]
-        is_unknown = isinstance(module, nn.RNNBase | nn.Bilinear) and not layer.macs
+        is_unknown = isinstance(module, nn.RNNBase | nn.Bilinear) and not layer.MACs
         if is_unknown or not self.counter:
-            layer.macs = None
+            layer.MACs = None
         super().leave(name, module, args, kwargs, output)
 
     def count(self) -> None:
         """Add the operations since the last time to the module that runs."""
         if self.counter and self.running:
-            self.running[-1].macs += self.counter.get_total_flops() // 2 // len(self.images)
+            self.running[-1].MACs += self.counter.get_total_flops() // 2 // len(self.images)
             self.counter.flop_counts.clear()
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class CostRun(Run):
         output = func(*args, **kwargs or {})
         tensors = tensors_in((args, kwargs, output))
         sizes = {address(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
-        self.used |= sizes.keys()
-        work = sum(size for at, size in sizes.items() if at not in self.given)
+        self.used.update(sizes)
+        work = sum((sizes | self.given).values())
         self.at_work = max(self.at_work, work)
         return output
