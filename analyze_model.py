@@ -78,6 +78,8 @@ ACTIVATIONS = """\
 activations  in training, those kept for the backward pass; in inference, input and output of the \
 largest call"""
 
+LEFT_OUT = "Calls that were not seen to change any of these are left out."
+
 SAMPLED = """\
 Of maps with more than 30 rows or columns, the first, middle and last 10 were probed; \
 of large ones, 4."""
@@ -152,8 +154,6 @@ def join_layers(costs: list[Layer], layers: list[Layer]) -> list[Layer]:
         if cost:
             layer.MACs, layer.kept = cost.MACs, cost.kept
             rest.remove(cost)
-    for layer in rest:
-        layer.is_merged = True
     return layers + rest
 
 
@@ -287,19 +287,16 @@ def format_layers(analysis: Analysis) -> list[str]:
 
 
 def format_fields(analysis: Analysis) -> list[str]:
-    """Return the table of receptive fields with its legend, and what is left out or not known."""
+    """Return the table of receptive fields with its legend, and why some are not known."""
     columns = " ".join(FIELD_COLUMNS).split()
     rows = [("layer", "type", *columns)]
     reasons = defaultdict(list)
-    left_out = set()
     for layer in analysis.layers:
         cells = [format_field(field) for field in layer.fields]
         if layer.unknown:
             cells.append("?" * len(columns))
             reasons[layer.unknown].append(layer.name)
         rows += [(layer.name, layer.type, *each) for each in cells]
-        if not (cells or layer.is_block or layer.is_merged) and layer.output_shape:
-            left_out.add(layer.name.split(".")[-1] if layer.type == "function" else layer.type)
 
     lines = [format_table(rows)]
     lines += [f"{keys:<12} {text}" for keys, text in FIELD_COLUMNS.items()]
@@ -307,10 +304,7 @@ def format_fields(analysis: Analysis) -> list[str]:
         lines.append(f"?            {reason}: {', '.join(dict.fromkeys(names))}")
     if max(analysis.input_size) > 30:
         lines.append(SAMPLED)
-    if left_out:
-        names = ", ".join(sorted(left_out))
-        lines.append(f"Left out, not seen to change any of these: {names}.")
-    return lines
+    return [*lines, LEFT_OUT]
 
 
 def format_field(field: dict[str, dict[str, int | None]]) -> list[str]:
