@@ -78,8 +78,6 @@ ACTIVATIONS = """\
 activations  in training, those kept for the backward pass; in inference, input and output of the \
 largest call"""
 
-LEFT_OUT = "Calls that were not seen to change any of these are left out."
-
 SAMPLED = """\
 Of maps with more than 30 rows or columns, the first, middle and last 10 were probed; \
 of large ones, 4."""
@@ -304,7 +302,7 @@ def format_fields(analysis: Analysis) -> list[str]:
         lines.append(f"?            {reason}: {', '.join(dict.fromkeys(names))}")
     if max(analysis.input_size) > 30:
         lines.append(SAMPLED)
-    return [*lines, LEFT_OUT]
+    return [*lines, "Calls that were not seen to change any of these are left out."]
 
 
 def format_field(field: dict[str, dict[str, int | None]]) -> list[str]:
@@ -455,8 +453,9 @@ def main() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 model = prepare_model(name, args, checkpoint)
                 analysis = analyze(model, tuple(args.input_size), args.batch_size)
-                maps = module_maps(model, digit) if args.image else {}
-        except (MemoryError, RuntimeError) as error:
+                if args.image:
+                    maps = module_maps(model, digit)
+        except Exception as error:
             if not is_out_of_memory(error):
                 raise
             reason = describe_error(error)
@@ -471,8 +470,7 @@ def main() -> None:
             print(format_report(name, analysis), end="\n\n")
 
     if args.json:
-        found = {name: dataclasses.asdict(analysis) for name, analysis in analyses.items()}
-        print(json.dumps(found, indent=2))
+        print(json.dumps(analyses, indent=2, default=vars))
     elif len(analyses) > 1:
         print(format_comparison(analyses))
 

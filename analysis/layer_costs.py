@@ -165,12 +165,10 @@ class CostRun(Run):
     def __init__(self, model: nn.Module, images: Tensor):
         self.at_work = 0  # bytes: input and output of the largest call of a function
         self.used = set()  # where the memory of the functions' inputs and outputs begins
-        self.counter = None
-        if FlopCounterMode:
-            # Attention on a CPU, for which torch's counter has no formula
-            attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-            formulas = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-            self.counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        # Attention on a CPU, for which torch's counter has no formula
+        attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+        formulas = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+        self.counter = FlopCounterMode and FlopCounterMode(display=False, custom_mapping=formulas)
 
         # By their addresses; kept alive, so that no address is used twice
         given = [images, *nn.Module.parameters(model), *model.buffers()]
