@@ -97,9 +97,6 @@ class Analysis:
     failure: str | None  # why forward or backward fails; the layers then end where it failed
     check: str  # the verdict of the self-check and what it found
 
-    # Epoch and accuracies that came with the weights
-    checkpoint: dict[str, int | float] = dataclasses.field(default_factory=dict)
-
     @property
     def problem(self) -> str | None:
         """What is wrong, in words."""
@@ -247,15 +244,11 @@ def format_cell(value: object) -> str:
     return number if value else ""
 
 
-def format_report(name: str, analysis: Analysis) -> str:
+def format_report(title: str, analysis: Analysis) -> str:
     """Return the sections as text."""
-    lines = [name]
-    for key, value in analysis.checkpoint.items():
-        lines.append(f"{key.replace('_', ' ')} {format_cell(value)}")
-
     height, width = analysis.input_size
     images = f"{height}x{width} images in batches of {analysis.batch_size}"
-    lines += ["\nArchitecture", analysis.architecture]
+    lines = [title, "\nArchitecture", analysis.architecture]
     lines += [f"\nLayers, for {images} on {analysis.device}", *format_layers(analysis)]
     if analysis.failure:
         return "\n".join(lines)
@@ -460,14 +453,15 @@ def main() -> None:
                 raise
             reason = describe_error(error)
             raise ScriptError(f"{name}: {reason}; try a smaller --batch-size") from error
-        if checkpoint:
-            for key in ("epoch", "train_accuracy", "test_accuracy", "best_test_accuracy"):
-                analysis.checkpoint[key] = checkpoint[key]
         analyses[name] = analysis
         if analysis.problem:
             problems.append(f"{name}: {analysis.problem}")
+        title = name
+        if checkpoint:
+            accuracy = f"{checkpoint['test_accuracy']:.2f} %"
+            title = f"{name} after epoch {checkpoint['epoch']}, test accuracy {accuracy}"
         if not args.json:
-            print(format_report(name, analysis), end="\n\n")
+            print(format_report(title, analysis), end="\n\n")
 
     if args.json:
         print(json.dumps(analyses, indent=2, default=vars))
