@@ -227,9 +227,9 @@ def format_table(rows: list[tuple], names: int = 2) -> str:
     columns = []
     for index, column in enumerate(zip(*counts, strict=True)):
         cells = [format_cell(value) for value in column]
+        align = "<" if index < names else ">"
         width = max(map(len, cells))
-        align = str.ljust if index < names else str.rjust
-        columns.append([align(cell, width) for cell in cells])
+        columns.append([f"{cell:{align}{width}}" for cell in cells])
     columns.append([f"x{count}" if count > 1 else "" for count in counts.values()])
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 

@@ -178,7 +178,11 @@ class CostRun(Run):
 
     def run(self, model: nn.Module) -> None:
         """Run forward to measure, then both ways without the hooks, which hide errors."""
-        with saved_tensors_hooks(self.keep, lambda tensor: tensor), self.counter or nullcontext():
+        with (
+            saved_tensors_hooks(self.keep, lambda tensor: tensor),
+            self.counter or nullcontext(),
+            hooks(model, self.count, self.count),  # before the ones that change what runs
+        ):
             super().run(model)
         self.held.clear()
         outputs = [tensor for tensor in tensors_in(model(self.images)) if tensor.requires_grad]
@@ -195,29 +199,24 @@ class CostRun(Run):
                 missing = "not called itself" if is_used else "never called"
                 self.layers.append(Layer(name, 1, type(module).__name__, missing=missing))
 
-    def enter(self, *args):
-        """Note that a module starts to run."""
-        self.count()
-        super().enter(*args)
+    def enter(self, name, module, args, kwargs):
+        """Note that a module starts to run, and whether its operations may remain unknown."""
+        super().enter(name, module, args, kwargs)
+        if not self.counter or isinstance(module, nn.RNNBase | nn.Bilinear):
+            self.running[-1].MACs = None
 
-    def leave(self, name, module, args, kwargs, output):
-        """Note what a module did."""
-        self.count()
-        layer = self.running[-1]
-        is_unknown = isinstance(module, nn.RNNBase | nn.Bilinear) and not layer.MACs
-        if is_unknown or not self.counter:
-            layer.MACs = None
-        super().leave(name, module, args, kwargs, output)
-
-    def count(self) -> None:
+    def count(self, *_):
         """Add the operations since the last time to the module that runs."""
         if self.counter and self.running:
-            self.running[-1].MACs += self.counter.get_total_flops() // 2 // len(self.images)
+            layer = self.running[-1]
+            macs = self.counter.get_total_flops() // 2 // len(self.images)
             self.counter.flop_counts.clear()
+            if macs:
+                layer.MACs = macs + (layer.MACs or 0)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps, for the first of the calls that keep its memory."""
-        if tensor.dim() and address(tensor) not in self.held:
+        if address(tensor) not in self.held:
             self.running[-1].kept += tensor.untyped_storage().nbytes()
             self.held[address(tensor)] = tensor
         return tensor
