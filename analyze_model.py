@@ -195,20 +195,17 @@ def add_up_memory(model: nn.Module, costs: CostRun, kept: int) -> dict[str, dict
         sum(tensor.numel() * tensor.element_size() for tensor in part)
         for part in (tensors, trained, model.buffers())
     )
-    training = {
+    inference = {
         "parameters": parameters,
-        "gradients": trainable,
-        "momentum": trainable,
         "buffers": buffers,
         "images": 4 * costs.images.numel(),
-        "labels": 8 * len(costs.images),
-        "activations": kept,
-    }
-    inference = training | {
-        "gradients": 0,
-        "momentum": 0,
-        "labels": 0,
         "activations": costs.at_work,
+    }
+    training = inference | {
+        "activations": kept,
+        "gradients": trainable,
+        "momentum": trainable,
+        "labels": 8 * len(costs.images),
     }
     for parts in training, inference:
         parts["sum"] = sum(parts.values())
@@ -256,7 +253,7 @@ def format_report(title: str, analysis: Analysis) -> str:
 
     lines.append("\nMemory of a training step (SGD with momentum) and of inference, in bytes")
     training, inference = analysis.memory.values()
-    memory = [(part, training[part], inference[part]) for part in training]
+    memory = [(part, size, inference.get(part, 0)) for part, size in training.items()]
     lines.append(format_table([("part", *analysis.memory), *memory], names=1))
     lines.append(ACTIVATIONS)
     lines += ["\nSelf-check", analysis.check]
@@ -273,8 +270,8 @@ def format_layers(analysis: Analysis) -> list[str]:
         totals = [analysis.totals[column] for column in SUMMED]
         rows.append(("total", "", "", *totals))
     trained = "trainable {trainable:,}, frozen {frozen:,}, shared by several layers {shared:,}"
-    legend = [f"{column:<10} {text}" for column, text in LAYER_COLUMNS.items()]
-    return [format_table(rows), trained.format(**analysis.totals), *legend]
+    legend = format_table(list(LAYER_COLUMNS.items()))
+    return [format_table(rows), trained.format(**analysis.totals), legend]
 
 
 def format_fields(analysis: Analysis) -> list[str]:
@@ -289,10 +286,10 @@ def format_fields(analysis: Analysis) -> list[str]:
             reasons[layer.unknown].append(layer.name)
         rows += [(layer.name, layer.type, *each) for each in cells]
 
-    lines = [format_table(rows)]
-    lines += [f"{keys:<12} {text}" for keys, text in FIELD_COLUMNS.items()]
+    legend = list(FIELD_COLUMNS.items())
     for reason, names in reasons.items():
-        lines.append(f"?            {reason}: {', '.join(dict.fromkeys(names))}")
+        legend.append(("?", f"{reason}: {', '.join(dict.fromkeys(names))}"))
+    lines = [format_table(rows), format_table(legend)]
     if max(analysis.input_size) > 30:
         lines.append(SAMPLED)
     return [*lines, "Calls that were not seen to change any of these are left out."]
