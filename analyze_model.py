@@ -47,7 +47,7 @@ from utils import ScriptError, describe_error, device_type, number_type, path_ty
 
 # The attributes of a layer that the table shows, and what they are
 LAYER_COLUMNS = {
-    "type": "class of the layer",
+    "type": "class of the layer; x3 at the end of a line: three calls like this one",
     "output": "shape for one image",
     "weight": "parameters other than biases",
     "bias": "parameters with bias in their names",
@@ -73,10 +73,6 @@ FIELD_COLUMNS = {
     ),
     "RF": "receptive field after the layer, height x width",
 }
-
-ACTIVATIONS = """\
-activations  in training, those kept for the backward pass; in inference, input and output of the \
-largest call"""
 
 SAMPLED = """\
 Of maps with more than 30 rows or columns, the first, middle and last 10 were probed; \
@@ -251,11 +247,13 @@ def format_report(title: str, analysis: Analysis) -> str:
         return "\n".join(lines)
     lines += ["\nReceptive fields", *format_fields(analysis)]
 
-    lines.append("\nMemory of a training step (SGD with momentum) and of inference, in bytes")
+    lines.append(
+        "\nMemory of a training step (SGD with momentum; activations kept for the backward pass)\n"
+        "and of inference (activations: input and output of the largest call), in bytes"
+    )
     training, inference = analysis.memory.values()
     memory = [(part, size, inference.get(part, 0)) for part, size in training.items()]
     lines.append(format_table([("part", *analysis.memory), *memory], names=1))
-    lines.append(ACTIVATIONS)
     lines += ["\nSelf-check", analysis.check]
     return "\n".join(lines)
 
@@ -445,7 +443,7 @@ def main() -> None:
                 analysis = analyze(model, tuple(args.input_size), args.batch_size)
                 if args.image:
                     maps = module_maps(model, digit)
-        except Exception as error:
+        except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = describe_error(error)

@@ -131,10 +131,10 @@ class Run(TorchFunctionMode):
             fails = f"{name} fails on images of {height}x{width}"
             self.failure = f"{mode}{fails}: {describe_error(error)}"
 
-    def run(self, model: nn.Module) -> object:
-        """Return the model's output."""
+    def run(self, model: nn.Module) -> None:
+        """Run the model on the images."""
         with hooks(model, self.enter, self.leave), self:
-            return model(self.images)
+            model(self.images)
 
     def enter(self, name, module, args, kwargs):
         """Note that a module starts to run."""
@@ -181,7 +181,7 @@ class CostRun(Run):
         with (
             saved_tensors_hooks(self.keep, lambda tensor: tensor),
             self.counter or nullcontext(),
-            hooks(model, self.count, self.count),  # before the ones that change what runs
+            hooks(model, self.count, self.count),  # first, while `running` is as it was
         ):
             super().run(model)
         self.held.clear()
@@ -224,8 +224,10 @@ class CostRun(Run):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Make a call of a function, and note how much it needs."""
         output = func(*args, **kwargs or {})
-        tensors = tensors_in((args, kwargs, output))
-        sizes = {address(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+        sizes = {
+            address(tensor): tensor.untyped_storage().nbytes()
+            for tensor in tensors_in((args, kwargs, output))
+        }
         self.used.update(sizes)
         work = sum((sizes | self.given).values())
         self.at_work = max(self.at_work, work)
