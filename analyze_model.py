@@ -160,15 +160,14 @@ def count_parameters(model: nn.Module, layers: list[Layer]) -> dict[str, int | N
             uses[parameter] += 1
             if uses[parameter] > 1:
                 continue
+            layer.parameters += parameter.numel()
             if "bias" in name:
                 layer.bias += parameter.numel()
-            else:
-                layer.weight += parameter.numel()
         for buffer in module.buffers(recurse=False):
             uses[buffer] += 1
             if uses[buffer] == 1:
                 layer.buffers += buffer.numel()
-        layer.parameters = layer.weight + layer.bias
+        layer.weight = layer.parameters - layer.bias
         layer.share = 100 * layer.parameters / max(total, 1)
 
     totals = {}
