@@ -42,7 +42,6 @@ class Layer:
     # Height and width, if it changes them
     fields: list[dict] = dataclasses.field(default_factory=list)
     unknown: str | None = None  # why the receptive field is not known
-    is_merged: bool = False  # whether the receptive fields tell nothing of it
 
     @property
     def output(self) -> str:

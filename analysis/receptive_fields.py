@@ -546,7 +546,6 @@ class FieldRun(Run):
             if whole[0].map:
                 for inner in self.layers[start:]:
                     inner.unknown = None
-                    inner.is_merged = inner is not layer
                     inner.fields.clear()
                 content = whole[0]
                 self.record(tensors, whole)
