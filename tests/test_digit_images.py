@@ -347,7 +347,11 @@ def test_a_paler_part_of_a_stroke():
 
 @pytest.mark.parametrize("left", [40, 41])
 @pytest.mark.parametrize(
-    ("ink", "paper", "height"), [(255, 0, 100), ((30, 60, 200), (250, 240, 220), 150)]
+    ("ink", "paper", "height"),
+    [
+        (255, 0, 100),
+        ((30, 60, 200), (250, 240, 220), 150),
+    ],
 )
 def test_a_line_of_one_pixel_in_any_column(left, ink, paper, height):
     page = np.full((height, 100, 3), paper, np.float32)
@@ -357,7 +361,8 @@ def test_a_line_of_one_pixel_in_any_column(left, ink, paper, height):
 
 
 def test_shapes_without_ink():
-    for height, width in (1, 1), (8, 8), (1, 500), (2000, 2), (30, 700):
+    sizes = (1, 1), (8, 8), (1, 500), (2000, 2), (30, 700)
+    for height, width in sizes:
         reason = "no ink in 8 pixels: name" if height == 8 else "no ink"
         with pytest.raises(ScriptError, match=reason):
             find_digits(np.ones((height, width, 3), np.float32))

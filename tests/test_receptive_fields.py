@@ -533,7 +533,11 @@ def test_a_call_that_changes_one_axis_changes_nothing_in_the_other():
 
 
 def test_what_comes_in_where_branches_meet_is_the_largest():
-    model = Net(lambda x, a, b: a(x) + x + b(x), conv(1, 1), Conv2d(1, 1, 7, padding=3))
+    model = Net(
+        lambda x, a, b: a(x) + x + b(x),
+        conv(1, 1),
+        Conv2d(1, 1, 7, padding=3),
+    )
     expected = """\
         a     Conv2d   3 1 1 1 28 28 1 1 1 3 0 1 3x3
         add() function - - - - 28 28 1 1 3 3 1 1 3x3
