@@ -21,7 +21,7 @@ except ImportError:  # before torch 2.1
     FlopCounterMode = None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # because two calls may look alike
 class Layer:
     """A line of the report: a call of a block or layer, or of a function outside any layer."""
 

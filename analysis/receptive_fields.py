@@ -483,7 +483,6 @@ class FieldRun(Run):
         self.twin = dict(twin.named_modules())
         self.returned = []  # name and content, by each module
         self.nan_passes = True
-        self.given = []  # of each running module: where its inner layers begin, and its sources
 
         # By the id of each tensor: the tensor, so that no id is used twice, and what it holds
         self.contents = {}
@@ -525,16 +524,11 @@ class FieldRun(Run):
             if any(content := self.content_of(tensor))
         ]
 
-    def enter(self, *args):
-        """Note that a module starts to run, and what it is given."""
-        self.given.append((len(self.layers), self.sources_in(args[2:])))
-        super().enter(*args)
-
     def leave(self, name, module, args, kwargs, output):
         """Note what a module returns; follow it as a whole if a call in it cannot be followed."""
         layer = self.running[-1]
         super().leave(name, module, args, kwargs, output)
-        start, sources = self.given.pop()
+        sources = self.sources_in((args, kwargs))
         tensors = tensors_in(output)
         content = self.content_of(tensors[0]) if tensors else NOTHING
         if sources and self.running and content.unknown:
@@ -544,7 +538,7 @@ class FieldRun(Run):
 
             whole = self.follow(Call(run_copy, args, kwargs), sources)
             if whole[0].map:
-                for inner in self.layers[start:]:
+                for inner in self.layers[self.layers.index(layer) :]:
                     inner.unknown = None
                     inner.fields.clear()
                 content = whole[0]
