@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from utils import ScriptError, describe_error
 
+Image.MAX_IMAGE_PIXELS = None  # decode() has limits of its own
 FORMATS = "PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"
 MAX_PIXELS = 89_000_000
 MAX_JPEG_PIXELS = 256_000_000  # more, because a large JPEG is decoded at a smaller size
@@ -56,8 +57,6 @@ def read_picture(source: Path | bytes) -> ndarray:
     be seen on white. Raises ScriptError if the file is missing, damaged, too large or of another
     format.
     """
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None  # decode() has limits of its own
     try:
         data = source.read_bytes() if isinstance(source, Path) else source
         return decode(data)
@@ -68,8 +67,6 @@ def read_picture(source: Path | bytes) -> ndarray:
         raise ScriptError(
             f"cannot be read: {reason}; name a picture saved as PNG or JPEG"
         ) from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def decode(data: bytes) -> ndarray:
@@ -223,9 +220,9 @@ class Shape:
 def is_frame(shape: Shape) -> bool:
     """Return whether a shape runs along all four sides of its box, and is no mere stroke."""
     depth = 1 + max(shape.size) // 10
-    turned = [np.rot90(shape.cut, i) for i in range(4)]
-    lined = [side[:depth].any(0).mean() for side in turned]
-    return min(lined) > 0.9 and max(shape.size) < 2 * min(shape.size)
+    sides = [np.rot90(shape.cut, turn)[:depth] for turn in range(4)]
+    lined = min(side.any(0).mean() for side in sides)
+    return lined > 0.9 and max(shape.size) < 2 * min(shape.size)
 
 
 def find_shapes(cells: ndarray) -> list[Shape]:
@@ -291,7 +288,9 @@ def distance(first: Shape, second: Shape) -> float:
 
 def gaps(first: ndarray, second: ndarray) -> ndarray:
     """Return how many columns and rows are between two boxes; negative if they overlap."""
-    return np.maximum(first[:2], second[:2]) - np.minimum(first[2:], second[2:])
+    starts = np.maximum(first[:2], second[:2])
+    ends = np.minimum(first[2:], second[2:])
+    return starts - ends
 
 
 def sort_lines(digits: list[Digit]) -> list[Digit]:
