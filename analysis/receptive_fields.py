@@ -483,6 +483,7 @@ class FieldRun(Run):
         self.twin = dict(twin.named_modules())
         self.returned = []  # name and content, by each module
         self.nan_passes = True
+        self.given = []  # what the running modules are given that comes from the images
 
         # By the id of each tensor: the tensor, so that no id is used twice, and what it holds
         self.contents = {}
@@ -524,11 +525,16 @@ class FieldRun(Run):
             if any(content := self.content_of(tensor))
         ]
 
+    def enter(self, *args):
+        """Note what a module is given, before it changes that."""
+        self.given.append(self.sources_in(args[2:]))
+        super().enter(*args)
+
     def leave(self, name, module, args, kwargs, output):
         """Note what a module returns; follow it as a whole if a call in it cannot be followed."""
         layer = self.running[-1]
         super().leave(name, module, args, kwargs, output)
-        sources = self.sources_in((args, kwargs))
+        sources = self.given.pop()
         tensors = tensors_in(output)
         content = self.content_of(tensors[0]) if tensors else NOTHING
         if sources and self.running and content.unknown:

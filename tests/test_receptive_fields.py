@@ -96,6 +96,11 @@ def changed_through_a_view(features: Tensor) -> Tensor:
     return features
 
 
+def add_neighbours_in_place(features: Tensor) -> Tensor:
+    features[..., 1:] += features[..., :-1].clone()
+    return features.flip(3).flip(3)  # which can only be followed as a whole
+
+
 def changed_through_data(features: Tensor) -> Tensor:
     features.data += features.flip(3)
     return features
@@ -316,6 +321,11 @@ FOLLOWED = {name: between_convs(function) for name, function in BETWEEN_CONVS.it
         nn.AvgPool2d(2, 2, 1, ceil_mode=True),
     ),
     "5x5: scripted": Sequential(torch.jit.script(Sequential(conv(), ReLU())), conv(2)),
+    "5x6: a block that changes what it is given": Sequential(
+        conv(),
+        Net(add_neighbours_in_place),
+        conv(2),
+    ),
     "5x5: growing list": Net(
         lambda x, a, b: b(torch.cat([x, a(torch.cat([x], 1))], 1)),
         conv(),
