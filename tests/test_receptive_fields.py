@@ -402,6 +402,11 @@ FOLLOWED = {name: between_convs(function) for name, function in BETWEEN_CONVS.it
         conv(),
         Linear(1568, 9),
     ),
+    "30x3: a window across rows and channels": Net(
+        lambda x, a, b: F.conv2d(a(x).permute(0, 2, 3, 1), b.weight),
+        conv(1, 28),
+        Conv2d(28, 2, 1),
+    ),
     "30x30: rearranged where all is seen": Net(rearranged_means, conv(), Linear(2, 9)),
     "30x30: padded window on a unit with the channels last": Net(
         lambda x, a, b: b(F.layer_norm(a(x).permute(0, 2, 3, 1), (2,)).permute(0, 3, 1, 2)),
