@@ -280,8 +280,9 @@ def set_aside(folder: Path, after: int = 0) -> None:
     if after == 0 or paths:
         paths += [*folder.glob(LOG), *folder.glob(CURVES)]
     moving = folder / "earlier_run_incomplete"
-    for path in paths:
+    if paths:
         moving.mkdir(exist_ok=True)
+    for path in paths:
         path.rename(moving / path.name)
     if moving.exists():
         number = 1
