@@ -164,15 +164,17 @@ class CostRun(Run):
     def __init__(self, model: nn.Module, images: Tensor):
         self.at_work = 0  # bytes: input and output of the largest call of a function
         self.used = set()  # where the memory of the functions' inputs and outputs begins
-        # Attention on a CPU, for which torch's counter has no formula
-        attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-        formulas = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-        self.counter = FlopCounterMode and FlopCounterMode(display=False, custom_mapping=formulas)
+        self.counter = None
+        if FlopCounterMode:
+            # Attention on a CPU, for which torch's counter has no formula
+            attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+            formulas = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+            self.counter = FlopCounterMode(display=False, custom_mapping=formulas)
 
         # By their addresses; kept alive, so that no address is used twice
         given = [images, *nn.Module.parameters(model), *model.buffers()]
         self.held = {address(tensor): tensor for tensor in given}
-        self.given = dict.fromkeys(self.held, 0)  # which takes no memory for a call
+        self.given = set(self.held)
         super().__init__(model, images)
 
     def run(self, model: nn.Module) -> None:
@@ -180,7 +182,7 @@ class CostRun(Run):
         with (
             saved_tensors_hooks(self.keep, lambda tensor: tensor),
             self.counter or nullcontext(),
-            hooks(model, self.count, self.count),  # first, while `running` is as it was
+            hooks(model, self.count, self.count),  # before enter and leave change `running`
         ):
             super().run(model)
         self.held.clear()
@@ -199,7 +201,7 @@ class CostRun(Run):
                 self.layers.append(Layer(name, 1, type(module).__name__, missing=missing))
 
     def enter(self, name, module, args, kwargs):
-        """Note that a module starts to run, and whether its operations may remain unknown."""
+        """Note that a module starts to run, and whether torch may not count its operations."""
         super().enter(name, module, args, kwargs)
         if not self.counter or isinstance(module, nn.RNNBase | nn.Bilinear):
             self.running[-1].MACs = None
@@ -228,6 +230,6 @@ class CostRun(Run):
             for tensor in tensors_in((args, kwargs, output))
         }
         self.used.update(sizes)
-        work = sum((sizes | self.given).values())
+        work = sum(size for at, size in sizes.items() if at not in self.given)
         self.at_work = max(self.at_work, work)
         return output
