@@ -74,11 +74,12 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 def read_digits(model: nn.Module, picture: ndarray) -> dict:
     """Return what a model reads in a picture, which is (H, W, 3), float32 in 0..1.
 
-    `text` is what is read, such as "123 / 47?", and `answer` the sentence of `summarize`, which is
-    the `message`, too, if the network hesitates. Each of the `digits`, line by line, has its
-    `name`, with a question mark if that is doubtful; the `probabilities` (CLASSES,); the `image`
-    that the model sees, (28, 28); and its `box`, left, top, right and bottom as shares of the
-    picture. Raises ScriptError if there is nothing to read.
+    `text` is what is read, such as "123 / 47?"; `answer` is a sentence on how sure that is; and
+    `message` is the same sentence if the network hesitates, or else "". `digits` is a list of
+    dicts, line by line: a digit's `name`, with a question mark if it is doubtful; its
+    `probabilities` (CLASSES,); the `image` that the model sees, (28, 28); and its `box`, which is
+    left, top, right and bottom as shares of the picture. Raises ScriptError if there is nothing to
+    read.
     """
     found = find_digits(picture)
     pixels = np.stack([digit.image for digit in found])
@@ -100,27 +101,29 @@ def read_digits(model: nn.Module, picture: ndarray) -> dict:
             }
         )
     text = " / ".join(lines.values())
-    answer = summarize(text, probabilities)
-    message = answer if answer.startswith("unsure") else ""
+    answer, hesitates = summarize(text, probabilities)
+    message = answer if hesitates else ""
     return {"digits": digits, "text": text, "answer": answer, "message": message}
 
 
-def summarize(text: str, probabilities: Tensor) -> str:
-    """Return a sentence on how sure a network is of a text, with probabilities (N, CLASSES).
+def summarize(text: str, probabilities: Tensor) -> tuple[str, bool]:
+    """Return a sentence on how sure a network is of a text, and whether it hesitates.
 
-    It starts with "unsure" if the network hesitates at half of the digits or more.
+    It hesitates if half of the digits or more are doubtful. `probabilities` are (N, CLASSES).
     """
     least_sure = probabilities.amax(1).argmin()
     shares, classes = probabilities[least_sure].topk(2)
     first, second = (f"{name} ({share:.1%})" for name, share in zip(classes, shares, strict=True))
-    unsure = 2 * text.count("?") >= len(probabilities)
+    hesitates = 2 * text.count("?") >= len(probabilities)
     if len(probabilities) > 1:
         answer = f"{text}, least sure {first}"
-    elif unsure:
+    elif hesitates:
         answer = f"{first} or {second}"
     else:
         answer = f"{first}, then {second}"
-    return f"unsure: the network hesitates: {answer}" if unsure else answer
+    if hesitates:
+        answer = f"unsure: the network hesitates: {answer}"
+    return answer, hesitates
 
 
 def main() -> None:
