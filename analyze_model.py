@@ -59,7 +59,7 @@ LAYER_COLUMNS = {
 }
 SUMMED = [*LAYER_COLUMNS][2:]  # those of numbers, which have totals
 
-# The keys of a row, by what they are
+# The keys of a row, several in one text, and what they are
 FIELD_COLUMNS = {
     "k s p d": "kernel, stride, padding, dilation; - where branches meet",
     "n_in n_out": "feature-map size",

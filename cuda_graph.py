@@ -14,10 +14,11 @@ from utils import describe_error
 def graphed(step: Callable, batch_size: int, device: torch.device) -> Callable:
     """Return a function like `step` that records the third step on a GPU and replays it afterwards.
 
-    Call it as step(model, optimizer, images, labels), on one model. The images and labels of the
-    third step then belong to the recording; the tensors that it returns hold until the next call.
-    Batches of another size are not replayed; none is if the model cannot be recorded, and a line on
-    standard error says why. On other devices, and before torch 2.4, `step` is returned as it is.
+    Call it as step(model, optimizer, images, labels), always on the same model. The third step's
+    images and labels become part of the recording, and each call overwrites what the call before it
+    returned. Batches of another size are not replayed. If the model cannot be recorded, no batch
+    is, and a line on standard error says why. On other devices, and before torch 2.4, `step` is
+    returned as it is.
     """
     if device.type != "cuda" or not hasattr(torch.Generator, "clone_state"):
         return step

@@ -35,9 +35,9 @@ SMALLEST_DIGIT = 0.5
 LARGEST_DIGIT = 2.5
 GAP = 0.2  # between parts of one digit
 
-# Shares of the ink that are more than a pixel inside, when it is scaled as in MNIST
-THIN = 0.07  # thinner lines are widened
-BLOB = 0.7  # what is thicker is no digit
+# Shares of a digit's ink, scaled as in MNIST, that are more than a pixel from its edge
+THIN = 0.07  # if less, the lines are widened
+BLOB = 0.7  # if more, it is no digit
 NO_INK = "no ink in lines that stand out: write digits dark on light paper or light on dark"
 
 
@@ -134,8 +134,8 @@ def find_digits(picture: ndarray) -> list[Digit]:
 def find_ink(picture: ndarray) -> tuple[ndarray, ndarray, int]:
     """Return how dark a picture's ink is, or how light on dark paper: 0 as the paper, 1 at most.
 
-    `picture` is (H, W, 3). Returns a plane of its pixels, or of the means of squares of them; the
-    maximum of each cell of this plane, or 0 if it may be noise; and the side of a cell in pixels
+    `picture` is (H, W, 3). Returns a plane of its pixels, or of means of squares of pixels; the
+    maximum of each cell of this plane, or 0 if that may be noise; and the side of a cell in pixels
     of the picture. Raises ScriptError if there is no ink.
     """
     side = max(picture.shape)
@@ -234,7 +234,7 @@ def find_shapes(cells: ndarray) -> list[Shape]:
     width = padded.shape[1]
     steps = [width * y + x for y in (-1, 0, 1) for x in (-1, 0, 1)]
     strong = np.flatnonzero(padded > STRONG).tolist()
-    for weak in (WEAK, STRONG):  # the latter if rules, which are weak, join digits with the edge
+    for weak in (WEAK, STRONG):  # again if rules, which are weak, join digits with the edge
         unseen = set(np.flatnonzero(padded > weak).tolist())
         shapes = []
         for start in strong:

@@ -22,10 +22,10 @@ POLICY = "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'"
 def serve_page(read: Callable[[bytes], dict], port: int) -> None:
     """Serve the page until Ctrl-C, and open it in the browser.
 
-    `read` takes a picture file's content and returns what the page shows, of what
-    predict_digits.read_digits returns: `text`, `message` and `digits`. Each may be missing, and
-    `message` tells the error if `read` raises one. Port 0 is one that is free. Raises ScriptError
-    if the port cannot be used.
+    `read` takes a picture file's content and returns a dict as predict_digits.read_digits does, of
+    which the page shows `text`, `message` and `digits`. Each may be missing, and `message` tells
+    the error if `read` raises one. Port 0 is one that is free. Raises ScriptError if the port
+    cannot be used.
     """
     try:
         server = PageServer(read, port)

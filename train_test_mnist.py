@@ -223,6 +223,7 @@ def train(args: Namespace, folder: Path, saved: list[Path]) -> None:
         print(f"Going on from {start}")
 
     model, optimizer, scheduler, (train_set, val_set, test_set) = prepare(args, options, resumed)
+    # On a GPU, the step is recorded and replayed
     step = graphed(partial(train_step, amp=options.amp), options.batch_size, args.device)
     recipe = [f"{name} {getattr(options, name)}" for name in RECIPE]
     print(f"{options.model} on {args.device}: {', '.join(recipe)}")

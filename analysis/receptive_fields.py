@@ -28,14 +28,14 @@ from utils import describe_error
 Window = tuple[int, int, int, int]  # kernel size, stride, padding, dilation along one axis
 Size = tuple[int, int]  # rows and columns
 
-# Of each number in a tensor's part of one image, the row and the column of the map to which it
-# belongs, or -1. Both can be broadcast to the shape of `images_of(...)[0]`.
+# For each number that a tensor holds of one image: the row and the column of the map that it
+# belongs to, or -1 if it belongs to none. Both broadcast to the shape of `images_of(...)[0]`.
 Units = tuple[Tensor, Tensor]
 
 CHANGED = "it was changed through another tensor that shares its memory"
 UNSEEN = "it comes from no call of a torch function that can be seen"
-VALUES = torch.nan, 1e4, -1e4  # what replaces numbers, until it shows all that depends on them
-LARGE = 2**14  # so many units of a map take long: fewer of them are probed
+VALUES = torch.nan, 1e4, -1e4  # tried in place of a number until all that depends on it shows
+LARGE = 2**14  # units of a map; in larger ones fewer are probed because each takes long
 
 # The arguments of calls that declare their windows
 POOLING = "input", "kernel_size", "stride", "padding", "dilation"
@@ -108,7 +108,10 @@ def image_map(size: Size) -> FeatureMap:
 
 
 def images_of(tensor: Tensor, batch: int) -> Tensor:
-    """Return a view (N, 1, 1, *the other axes); the added ones are the rows or columns it lacks."""
+    """Return a view (N, 1, 1, *the other axes) of a tensor whose images lie along axis `batch`.
+
+    The added axes stand for rows or columns that the tensor lacks.
+    """
     return tensor.movedim(batch, 0)[:, None, None]
 
 
@@ -166,7 +169,7 @@ def reads_of(window: Window, n_out: int, n_in: int) -> Tensor:
 
 
 def find_window(reads: Tensor, probed: Tensor) -> Window | None:
-    """Return the only window that may read, of the units `probed`, those in `reads`.
+    """Return the only window that can explain which of the units `probed` are read at each place.
 
     `reads` is (n_out, len(probed)) bool. The places with the most reads, where the whole window is
     in the map, show kernel size, stride and dilation.
@@ -187,7 +190,7 @@ def find_window(reads: Tensor, probed: Tensor) -> Window | None:
 
 
 def function_name(func: Callable) -> str:
-    """Return the name of a torch function, relu for relu_, too."""
+    """Return the name of a torch function; relu_ is relu, too."""
     return func.__name__.strip("_").removesuffix("_with_indices")
 
 
@@ -287,8 +290,8 @@ def find_map(branches: list[Dependence]) -> FeatureMap:
 def extent(known: FeatureMap) -> tuple[int, int]:
     """Return the area that a unit sees, and the number of units.
 
-    Of maps that explain the same, the smallest is right. Of two axes that one was split into, the
-    wrong one shows units that see further, with gaps; and channels are like units that all see the
+    If several maps explain the same, the smallest is right: if an axis was split into two, the
+    units of the wrong one see further, with gaps; and channels look like units that all see the
     same.
     """
     height, width = known.axes
@@ -296,11 +299,11 @@ def extent(known: FeatureMap) -> tuple[int, int]:
 
 
 def possible_units(live: Tensor, sizes: set[Size]) -> Iterator[Units]:
-    """Yield to which rows and columns of a map the numbers of a result may belong.
+    """Yield each way in which the numbers of a result may belong to rows and columns of a map.
 
     A map lies along two axes, or one, or in one axis that holds its units row by row, before or
-    after the channels, of which there may be several if it has one of the `sizes`. Numbers beside
-    them that do not depend on the image (`live`), as those of a class token, belong to none.
+    after the channels, of which there may be several if it has one of the `sizes`. Numbers that do
+    not depend on the image (see `live`), such as those of a class token, belong to no unit.
     """
     axes = []
     for axis, n in enumerate(reversed(live.shape)):
@@ -323,7 +326,8 @@ def possible_units(live: Tensor, sizes: set[Size]) -> Iterator[Units]:
 def mark_units(changed: Tensor, units: Units) -> Tensor:
     """Return the units with any number that changed, (K, rows, columns) bool.
 
-    `changed` is (K, *shape of `images_of(...)[0]`) bool.
+    `changed` is (K, *shape of `images_of(...)[0]`) bool. Numbers that belong to no unit have not
+    changed, so it does no harm that -1 is the last row or column here.
     """
     rows, columns = torch.broadcast_tensors(*units)
     marked = torch.zeros(len(changed), int(rows.max()) + 1, int(columns.max()) + 1)
@@ -369,8 +373,8 @@ class Call(NamedTuple):
 class Probe:
     """One argument of a call, with something else in one row, or one column, of its map.
 
-    Each image has one probe, but the last has none, to show if images are mixed. Of many rows or
-    columns, only the first, the middle and the last are probed.
+    Each image has one probe. The last image has none: if it changes, images are mixed. Of many rows
+    or columns, only the first, the middle and the last are probed.
     """
 
     def __init__(self, call: Call, tensor: Tensor, known: FeatureMap):
@@ -401,11 +405,11 @@ class Probe:
         self.replays = [hidden[start : start + step] for start in range(0, len(hidden), step)]
         self.replays.append([known.units[0] >= 0] * self.n)
 
-        # By the numbers of result and replay
+        # By the number of the result, then by that of the replay
         self.differs = defaultdict(lambda: defaultdict(bool))
 
     def is_certain(self, units: Units) -> bool:
-        """Tell whether units need no comparison: the map was there, or its windows are declared."""
+        """Tell whether units are right for sure: the map lay there, or its windows are declared."""
         is_unmoved = all(map(Tensor.equal, units, self.known.units))
         return is_unmoved or bool(self.windows[0])
 
@@ -507,7 +511,7 @@ class FieldRun(Run):
             self.failure = "the model's output differs from run to run"
 
     def record(self, tensors: list[Tensor], contents: list[Content]) -> None:
-        """Note what tensors hold: these contents, or all of them the only one."""
+        """Note what tensors hold: a content for each, or one that is true of all."""
         for tensor, content in zip(tensors, itertools.cycle(contents), strict=False):
             self.contents[id(tensor)] = tensor, content
 
@@ -637,7 +641,7 @@ class FieldRun(Run):
 
 
 def table_row(axis: Axis) -> dict[str, int | None]:
-    """Return one layer along height or width, in the table's terms."""
+    """Return what a layer does along height or width, in the table's terms."""
     row = dict(zip("kspd", axis.window or [None] * 4, strict=True))
     for name, number_in, number_out in zip("njrP", axis.before, axis, strict=False):
         row[f"{name}_in"] = number_in
