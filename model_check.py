@@ -44,7 +44,6 @@ def check_model(
     images = images[:test_batch_size]
     with torch.no_grad():
         logits, again, alone = (try_batch(model, batch) for batch in (images, images, images[:1]))
-    problem = ""
     if logits.min() >= 0 and abs(logits.sum(1) - 1).max() < 1e-5:
         problem = "returns probabilities, but the loss applies softmax itself: leave it out"
     elif len(logits) > 1 and (logits == logits[0]).all():
@@ -53,8 +52,9 @@ def check_model(
         problem = "is random in evaluation, too: F.dropout needs training=self.training"
     elif not torch.allclose(logits[:1].softmax(1), alone.softmax(1), atol=1e-3):
         problem = "mixes the images of a batch in evaluation: accuracy depends on the batch size"
-    if problem:
-        print(f"Warning: {name} {problem}", file=sys.stderr)
+    else:
+        return
+    print(f"Warning: {name} {problem}", file=sys.stderr)
 
 
 def try_batch(
@@ -80,8 +80,9 @@ def try_batch(
         elif len(images) == 1:
             remedy = "fix it, or choose another --batch-size"
         where = f"{'training' if training else 'evaluation'} on a batch of {len(images)}"
-        reason = f"{type(model).__name__} fails in {where}: {describe_error(error)}"
-        raise ScriptError(f"{reason}; {remedy}") from error
+        raise ScriptError(
+            f"{type(model).__name__} fails in {where}: {describe_error(error)}; {remedy}"
+        ) from error
     return logits
 
 
@@ -103,4 +104,4 @@ def compute_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Tell what torch says in other words for each device."""
-    return isinstance(error, MemoryError) or "memory" in str(error)
+    return "memory" in repr(error).lower()  # a MemoryError's own text may be empty
