@@ -73,6 +73,7 @@ FIELD_COLUMNS = {
     ),
     "RF": "receptive field after the layer, height x width",
 }
+FIELD_KEYS = " ".join(FIELD_COLUMNS).split()
 
 SAMPLED = """\
 Of maps with more than 30 rows or columns, the first, middle and last 10 were probed; \
@@ -104,28 +105,25 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int) -> A
 
     The model stays as it is. One that fails on the images is no error: then `failure` says why.
     """
-    architecture = str(model)
     device = next(iter(model.state_dict().values()), torch.zeros(())).device
-    twin = copy_model(model).cpu().double()
-    twin.eval()
     model = copy_model(model)
     model.train()
     check = "skipped: training fails"
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same noise every time
         costs = CostRun(model, torch.rand(batch_size, 1, *input_size, device=device))
         layers = costs.layers
         if not costs.failure:
             model.cpu().eval()
             with torch.no_grad():
-                fields = FieldRun(model, twin, input_size)
+                fields = FieldRun(model, input_size)
                 layers = join_layers(costs.layers, fields.layers)
                 check = check_fields(fields)
 
     totals = count_parameters(model, layers)
     memory = add_up_memory(model, costs, totals["kept"])
     return Analysis(
-        architecture,
+        str(model),
         input_size,
         batch_size,
         str(device),
@@ -273,23 +271,29 @@ def format_layers(analysis: Analysis) -> list[str]:
 
 def format_fields(analysis: Analysis) -> list[str]:
     """Return the table of receptive fields with its legend, and why some are not known."""
-    columns = " ".join(FIELD_COLUMNS).split()
-    rows = [("layer", "type", *columns)]
     reasons = defaultdict(list)
     for layer in analysis.layers:
-        cells = [format_field(field) for field in layer.fields]
         if layer.unknown:
-            cells.append("?" * len(columns))
             reasons[layer.unknown].append(layer.name)
-        rows += [(layer.name, layer.type, *each) for each in cells]
-
     legend = list(FIELD_COLUMNS.items())
     for reason, names in reasons.items():
         legend.append(("?", f"{reason}: {', '.join(dict.fromkeys(names))}"))
+    rows = [("layer", "type", *FIELD_KEYS), *field_rows(analysis)]
     lines = [format_table(rows), format_table(legend)]
     if max(analysis.input_size) > 30:
         lines.append(SAMPLED)
     return [*lines, "Calls that were not seen to change any of these are left out."]
+
+
+def field_rows(analysis: Analysis) -> list[tuple]:
+    """Return the rows of the table of receptive fields, with ? where one is not known."""
+    rows = []
+    for layer in analysis.layers:
+        cells = [format_field(field) for field in layer.fields]
+        if layer.unknown:
+            cells.append("?" * len(FIELD_KEYS))
+        rows += [(layer.name, layer.type, *each) for each in cells]
+    return rows
 
 
 def format_field(field: dict[str, dict[str, int | None]]) -> list[str]:
@@ -306,12 +310,7 @@ def format_comparison(analyses: dict[str, Analysis]) -> str:
     """Return a table with one line a model."""
     rows = [("model", "check", "RF", "parameters", "MACs", "training bytes", "inference bytes")]
     for name, analysis in analyses.items():
-        size = None  # as in the last line of the receptive fields
-        for layer in analysis.layers:
-            for field in layer.fields:
-                size = format_field(field)[-1]
-            if layer.unknown:
-                size = None
+        *_, size = "?", *(row[-1] for row in field_rows(analysis))
         check = analysis.check.split(":")[0]
         counts = analysis.totals["parameters"], analysis.totals["MACs"]
         memory = [parts["sum"] for parts in analysis.memory.values()]
@@ -365,8 +364,9 @@ def parse_args() -> argparse.Namespace:
     parser.format_help = lambda: __doc__
     add = parser.add_argument
     count = number_type(int, 1, 10**9)
-    add("--model", nargs="+", type=find_model_name)
-    add("--checkpoint", type=path_type)
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--model", nargs="+", type=find_model_name)
+    models.add_argument("--checkpoint", type=path_type)
     add("--input-size", default=[IMAGE_SIDE, IMAGE_SIDE], type=count, nargs=2)
     add("--batch-size", type=count)
     add("--device", default="auto", type=device_type)
@@ -398,13 +398,12 @@ def limit_memory() -> None:
 def prepare_model(name: str, args: argparse.Namespace, checkpoint: dict) -> nn.Module:
     """Return a new model on the device, with the checkpoint's weights; raise ScriptError."""
     model = build_model(name).to(args.device)
+    # A first image gives lazy layers their shapes
+    module_maps(model, torch.zeros(1, 1, *args.input_size, device=args.device))
     if any(map(is_lazy, nn.Module.parameters(model))):
-        # A first image gives lazy layers their shapes
-        module_maps(model, torch.zeros(1, 1, *args.input_size, device=args.device))
-        if any(map(is_lazy, nn.Module.parameters(model))):
-            raise ScriptError(
-                f"{name} has lazy layers that no image reaches: train it with --dry-run to see why"
-            )
+        raise ScriptError(
+            f"{name} has lazy layers that no image reaches: train it with --dry-run to see why"
+        )
     if checkpoint:
         model.load_state_dict(checkpoint["model_state_dict"])
     return model
@@ -421,10 +420,6 @@ def main() -> None:
         limit_memory()
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else {}
     names = args.model or [checkpoint.get("model_name", "Model5")]
-    if checkpoint and names != [checkpoint["model_name"]]:
-        raise ScriptError(
-            f"{args.checkpoint} holds weights of {checkpoint['model_name']}: leave out --model"
-        )
     if args.image:
         if len(names) > 1:
             raise ScriptError(f"{args.image} is to show one model: give --model one name")
@@ -442,7 +437,7 @@ def main() -> None:
                 analysis = analyze(model, tuple(args.input_size), args.batch_size)
                 if args.image:
                     maps = module_maps(model, digit)
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:
             if not is_out_of_memory(error):
                 raise
             reason = describe_error(error)
@@ -450,11 +445,8 @@ def main() -> None:
         analyses[name] = analysis
         if analysis.problem:
             problems.append(f"{name}: {analysis.problem}")
-        title = name
-        if checkpoint:
-            accuracy = f"{checkpoint['test_accuracy']:.2f} %"
-            title = f"{name} after epoch {checkpoint['epoch']}, test accuracy {accuracy}"
         if not args.json:
+            title = f"{name} after epoch {checkpoint['epoch']}" if checkpoint else name
             print(format_report(title, analysis), end="\n\n")
 
     if args.json:

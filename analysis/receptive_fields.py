@@ -477,15 +477,15 @@ def find_content(probes: list[Probe], index: int) -> Content:
 class FieldRun(Run):
     """A run in evaluation mode on images of noise of that size, in which each call is followed.
 
-    Functions outside torch's layers get a `Layer`, too. Modules are replayed in `twin`, a copy of
-    the model in float64.
+    Functions outside torch's layers get a `Layer`, too. Modules are replayed in a copy of the model
+    in float64.
     """
 
-    def __init__(self, model: nn.Module, twin: nn.Module, size: Size):
+    def __init__(self, model: nn.Module, size: Size):
         # One image more than the probes in a replay; memory sets the limit
         n = 12 if math.prod(size) < LARGE else 4
         images = torch.rand(n, 1, *size)
-        self.twin = dict(twin.named_modules())
+        self.twin = dict(copy_model(model).double().named_modules())
         self.returned = []  # name and content, by each module
         self.nan_passes = True
         self.given = []  # what the running modules are given that comes from the images
