@@ -21,6 +21,7 @@ from torch import Tensor
 import download_mnist
 import train_test_mnist
 from checkpoints import load_checkpoint
+from utils import ScriptError
 
 ROOT = Path(__file__).parent.parent
 TRAINED_MODEL5 = (
@@ -34,7 +35,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "PIP_NO_INDEX": "1"}
 torch.set_num_threads(1)
 
 
-def make_tiny_files() -> dict[str, bytes]:
+def make_tiny_files():
     """Return the IDX files of a data set that is easy to learn: each digit lights its own spot."""
     files, rng = {}, np.random.default_rng(1)
     for part, count in (("train", 200), ("t10k", 100)):
@@ -43,16 +44,14 @@ def make_tiny_files() -> dict[str, bytes]:
         for image, label in zip(images, labels, strict=True):
             row, column = 2 + 13 * (label // 5), 1 + 5 * (label % 5)
             image[row : row + 9, column : column + 4] += 190
-        files[f"{part}-images-idx3-ubyte"] = (
-            struct.pack(">4B3I", 0, 0, 8, 3, *images.shape) + images.tobytes()
-        )
-        files[f"{part}-labels-idx1-ubyte"] = (
-            struct.pack(">4BI", 0, 0, 8, 1, count) + labels.tobytes()
-        )
+        for content, array in (("images", images), ("labels", labels)):
+            header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+            files[f"{part}-{content}-idx{array.ndim}-ubyte"] = header + array.tobytes()
     return files
 
 
 TINY_FILES = make_tiny_files()
+PACKED_FILES = {f"{name}.gz": gzip.compress(data) for name, data in TINY_FILES.items()}
 TINY_SUMS = {
     name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in TINY_FILES.items()
 }
@@ -65,16 +64,23 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-# Creates a file in the working folder when it is unpickled
-Bomb = type("Bomb", (), {"__reduce__": lambda self: (Path.touch, (Path("executed"),))})
+
+class Bomb:
+    """Creates a file in the working folder when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
 
 
-def write_tiny_files(folder: Path, packed: bool = False) -> Path:
+def write_files(folder, files):
     folder.mkdir(parents=True)
-    for name, data in TINY_FILES.items():
-        path = folder / (f"{name}.gz" if packed else name)
-        path.write_bytes(gzip.compress(data) if packed else data)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
     return folder
+
+
+def write_tiny_files(folder, packed=False):
+    return write_files(folder, PACKED_FILES if packed else TINY_FILES)
 
 
 @pytest.fixture
@@ -130,7 +136,7 @@ def folder(trained, tmp_path):
 @pytest.fixture
 def accuracies(monkeypatch):
     """The test accuracies of the epochs to come, in which nothing is learned; to be filled."""
-    accuracies: list[float] = []
+    accuracies = []
     monkeypatch.setattr(train_test_mnist, "train_one_epoch", lambda *_, **options: (1.0, 10.0))
     monkeypatch.setattr(train_test_mnist, "evaluate", lambda *_: (1.0, accuracies.pop(0)))
     return accuracies
@@ -139,15 +145,16 @@ def accuracies(monkeypatch):
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory):
     """A data folder with the real MNIST; the test is skipped if there is none."""
-    if all((ROOT / "data" / "MNIST" / "raw" / name).exists() for name in download_mnist.FILES):
-        return ROOT / "data"
-    packed, data_dir = ROOT.parent / "shared" / "mnist", tmp_path_factory.mktemp("real")
-    if not all((packed / f"{name}.gz").exists() for name in download_mnist.FILES):
-        pytest.skip(f"no MNIST in {ROOT / 'data'} or {packed}: run download_mnist.py first")
-    return download_mnist.download_mnist(data_dir, str(packed)).parent.parent
+    data_dir = tmp_path_factory.mktemp("real")
+    sources = ROOT / "data", ROOT.parent / "shared" / "mnist"
+    for source in sources:
+        with contextlib.suppress(ScriptError):
+            download_mnist.download_mnist(data_dir, str(source))
+            return data_dir
+    pytest.skip(f"no MNIST in {sources}: run download_mnist.py first")
 
 
-def split_options(*options: object) -> list[str]:
+def split_options(*options):
     """Return the words of a command line; options may stand in one string, a path is one word."""
     words = []
     for each in options:
@@ -155,29 +162,29 @@ def split_options(*options: object) -> list[str]:
     return words
 
 
-def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def run(*command, cwd=ROOT):
     """Run a Python script from a folder and return its exit status, output and errors as text."""
     words = [sys.executable, *map(str, command)]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-def rows(output: str) -> list[list[str]]:
+def rows(output):
     """Return the lines of the table of results without the seconds."""
     return [line.split()[:-1] for line in output.splitlines() if re.match(r" +\d+ ", line)]
 
 
-def read_log(folder: Path) -> list[dict[str, str]]:
+def read_log(folder):
     """Return the rows of a run's log without the seconds."""
     log = list(csv.DictReader((folder / "training_log.csv").read_text().splitlines()))
     assert all(float(row.pop("seconds")) > 0 for row in log)
     return log
 
 
-def load_all(folder: Path) -> dict[str, dict]:
+def load_all(folder):
     return {path.name: load_checkpoint(path, to_resume=True) for path in folder.glob("*.pth")}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -185,7 +192,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def assert_same(first: object, second: object) -> None:
+def assert_same(first, second):
     """Check that two checkpoints or their parts are equal to the last bit, but for the seconds."""
     if isinstance(first, list):
         first, second = dict(enumerate(first)), dict(enumerate(second))
@@ -197,7 +204,7 @@ def assert_same(first: object, second: object) -> None:
         assert first.equal(second) if isinstance(first, Tensor) else first == second
 
 
-def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
+def assert_one_line(result, *words):
     """Check that a script failed as it should: in one line that holds the words."""
     assert result.returncode not in (0, -9), result
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
