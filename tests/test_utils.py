@@ -13,7 +13,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, contents, run
 from pytest import raises
 
 from utils import (
@@ -30,47 +30,42 @@ from utils import (
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
-@pytest.mark.parametrize(
-    ("owner", "step", "number"), [(Path, "open", 13), (os, "fsync", 28), (Path, "replace", 28)]
-)
-def test_a_failed_write_changes_nothing(owner, step, number, tmp_path):
+@pytest.mark.parametrize("step", ["pathlib.Path.open", "os.fsync", "pathlib.Path.replace"])
+def test_a_failed_write_changes_nothing(step, tmp_path):
     (tmp_path / "file").write_bytes(b"old")
-    failure = patch.object(owner, step, side_effect=OSError(number, "reason"))
+    failure = patch(step, side_effect=OSError(28, "reason"))
     with failure, raises(ScriptError, match=r"^cannot write .*file: reason; see that its folder"):
         write_file(tmp_path / "file", b"new")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+    assert contents(tmp_path) == {"file": b"old"}
 
 
 def test_synced_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch):
-    def record(number):
+    def fsync(number):
         target = Path(f"/proc/self/fd/{number}").readlink()
-        events.append("folder" if target == tmp_path else target.read_bytes())
+        events.append((target, contents(tmp_path)))
+        if target == tmp_path:
+            raise OSError
 
-    events, replace, umask = [], Path.replace, os.umask(0o027)
-    monkeypatch.setattr(os, "fsync", record)
-    monkeypatch.setattr(
-        Path, "replace", lambda path, to: events.append(path.name) or replace(path, to)
-    )
-    for data in (b"all of it", b"more"):
-        write_file(tmp_path / "file", data)
+    events, umask = [], os.umask(0o027)
+    monkeypatch.setattr(os, "fsync", fsync)
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    write_file(tmp_path / "file", b"old")
+    with patch("os.open", side_effect=OSError):  # opens the folder only
+        write_file(tmp_path / "file", b"new")
     os.umask(umask)
-    assert events == [b"all of it", events[1], "folder", b"more", events[4], "folder"]
-    assert events[1] != events[4]  # two processes never write into one temporary file
+    first, second = events[0][0], events[2][0]
+    assert first != second  # two processes never write into one temporary file
+    assert events == [
+        (first, {first.name: b"old"}),
+        (tmp_path, {"file": b"old"}),
+        (second, {second.name: b"new", "file": b"old"}),
+    ]
+    assert contents(tmp_path) == {"file": b"new"}
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize(
-    ("step", "results"), [("fsync", [None, OSError]), ("open", OSError), ("fsync", [None, None])]
-)
-def test_a_folder_that_cannot_be_synced(step, results, tmp_path):
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
-    with patch.object(os, step, side_effect=results):
-        write_file(tmp_path / "a.pth", b"")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
-    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
-
-
-def receive(*numbers: int) -> None:
+def receive(*numbers):
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     for number in numbers:
         signal.raise_signal(number)  # to this thread; another one would not wait
@@ -78,31 +73,29 @@ def receive(*numbers: int) -> None:
     time.sleep(9)
 
 
-INTERRUPTED = "script.py: interrupted; run it again\n"
-ENDS = {
-    "expected": (Mock(side_effect=ScriptError("no\x1b room")), "script.py: error: no'\\x1b' room"),
-    "missing file": (
-        Path("none").read_bytes,
-        "script.py: error: [Errno 2] No such file or directory: 'none'; "
-        "check it, or name another file or folder",
-    ),
-    "defect": (Mock(side_effect=ZeroDivisionError), ZeroDivisionError),  # keeps its traceback
-    "interrupt": (Mock(side_effect=KeyboardInterrupt), 130),
-    "advice": (Mock(side_effect=KeyboardInterrupt("; run it again")), 130),
-    "SIGTERM": (partial(receive, TERM), 143),
-    "twice": (partial(receive, INT, INT), 130),
-    "both": (partial(receive, INT, TERM), 130),
-}
-
-
-@pytest.mark.parametrize(("main", "status"), ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize(
+    ("main", "status"),
+    [
+        (Mock(side_effect=ScriptError("no\x1b room")), "script.py: error: no'\\x1b' room"),
+        (
+            Path("none").read_bytes,
+            "script.py: error: [Errno 2] No such file or directory: 'none'; "
+            "check it, or name another file or folder",
+        ),
+        (Mock(side_effect=ZeroDivisionError), ZeroDivisionError),  # keeps its traceback
+        (Mock(side_effect=KeyboardInterrupt), 130),
+        (partial(receive, TERM), 143),
+        (partial(receive, INT, TERM), 130),
+    ],
+)
 @pytest.mark.filterwarnings("error")  # also what Python prints without raising it
 def test_how_a_script_ends(main, status, capsys):
     handlers = [signal.getsignal(each) for each in (INT, TERM)]
     with patch("sys.argv", ["some/script.py"]), raises((SystemExit, ZeroDivisionError)) as stop:
         run_script(main)
     assert getattr(stop.value, "code", stop.type) == status
-    assert capsys.readouterr().err == (INTERRUPTED if isinstance(status, int) else "")
+    interrupted = "script.py: interrupted; run it again\n"
+    assert capsys.readouterr().err == (interrupted if isinstance(status, int) else "")
     assert [signal.getsignal(each) for each in (INT, TERM)] == handlers
 
 
@@ -136,20 +129,22 @@ def test_streams_that_take_less(redirection, status, error, tmp_path):
 
 @pytest.mark.parametrize(("kind", "good", "bad"), [(int, "9", "1.5"), (float, "9.99", "0.99")])
 def test_number_type(kind, good, bad):
-    assert [number_type(kind, 1, 10)(text) for text in ("1", good)] == [kind("1"), kind(good)]
-    for text in ("0", "10", "nan", "inf", "fast", "", bad):
+    parse = number_type(kind, 1, 10)
+    assert (parse("1"), parse(good)) == (1, kind(good))
+    for text in ("0", "10", "nan", "fast", bad):
         message = f"^'{text}' is not a (whole )?number of at least 1 and below 10$"
         with raises(ArgumentTypeError, match=message):
-            number_type(kind, 1, 10)(text)
+            parse(text)
 
 
 @pytest.mark.parametrize("offered", [["cpu"], ["mps"], ["cuda", "mps"], ["xpu"]])
 def test_auto_device_is_the_first_that_is_offered(offered, monkeypatch):
     # torch 2.0 has no xpu
     for name, owner in (("cuda", torch), ("mps", torch.backends), ("xpu", torch)):
-        backend = Mock(is_available=Mock(return_value=name in offered))
+        backend = Mock()
+        backend.is_available.return_value = name in offered
         monkeypatch.setattr(owner, name, backend, raising=False)
-    monkeypatch.setattr(torch, "zeros", lambda *args, device: torch.ones(1))
+    monkeypatch.setattr(torch, "zeros", Mock())
     assert device_type("auto") == torch.device(offered[0])
 
 
@@ -162,7 +157,7 @@ def test_auto_where_the_gpu_cannot_be_used(monkeypatch, capsys):
     assert capsys.readouterr() == ("", warning)
 
 
-@pytest.mark.parametrize("name", ["abacus", "meta", "mps", "hpu", "privateuseone", "vulkan", ""])
+@pytest.mark.parametrize("name", ["abacus", "meta", "hpu", "vulkan"])
 def test_wrong_device(name):
     with raises(ArgumentTypeError, match=rf"^cannot use '{name}' \(.{{,200}}\); use auto or cpu$"):
         device_type(name)
