@@ -146,12 +146,11 @@ def accuracies(monkeypatch):
 def real_data(tmp_path_factory):
     """A data folder with the real MNIST; the test is skipped if there is none."""
     data_dir = tmp_path_factory.mktemp("real")
-    sources = ROOT / "data", ROOT.parent / "shared" / "mnist"
-    for source in sources:
+    for source in (ROOT / "data", ROOT.parent / "shared" / "mnist"):
         with contextlib.suppress(ScriptError):
             download_mnist.download_mnist(data_dir, str(source))
             return data_dir
-    pytest.skip(f"no MNIST in {sources}: run download_mnist.py first")
+    pytest.skip(f"no MNIST in {ROOT / 'data'}: run download_mnist.py first")
 
 
 def split_options(*options):
