@@ -33,29 +33,26 @@ def draw(tmp_path):
 # matplotlib warns where no epoch has an error
 @pytest.mark.filterwarnings("ignore:Data has no positive values")
 @pytest.mark.parametrize("parts", [["train", "test"], ["train", "val", "test"]])
-@pytest.mark.parametrize(("epochs", "accuracy"), [(20, 90.0), (1, 90.0), (3, 99.0), (2, 100.0)])
-def test_curves(epochs, accuracy, parts, draw):
-    numbers = list(range(1, epochs + 1))
+@pytest.mark.parametrize("losses", [[2.0] * 20, [1.0], [1.0, 0.5, 0.0], [0.0, 0.0]])
+def test_curves(losses, parts, draw):
     history = []
-    for epoch in numbers:
+    for epoch, loss in enumerate(losses, 1):
         row = {"epoch": epoch, "val_loss": None, "val_accuracy": None}
-        for extra, part in enumerate(parts):
-            row[f"{part}_loss"] = (1 + extra) / epoch
-            row[f"{part}_accuracy"] = min(accuracy + extra, 100.0)
+        for times, part in enumerate(parts, 1):
+            row[f"{part}_loss"] = times * loss
+            row[f"{part}_accuracy"] = 100 - 10 * times * loss
         history.append(row)
     figure = draw(draw_curves, history, "Model5")
     assert figure.get_suptitle() == "Model5: loss and error of each epoch"
-    for axes, label in zip(figure.axes, ("loss", "error, %"), strict=True):
+    for axes, label, scale in zip(figure.axes, ("loss", "error, %"), (1, 10), strict=True):
         words = axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()
         assert words == ("epoch", label, "log")
         legend = axes.get_legend().get_texts()
         assert [text.get_text() for text in legend] == parts
         assert all(tick == int(tick) for tick in axes.get_xticks())
-        for line, part in zip(axes.lines, parts, strict=True):
-            losses = [row[f"{part}_loss"] for row in history]
-            errors = [100 - row[f"{part}_accuracy"] for row in history]
-            assert list(line.get_xdata()) == numbers
-            assert list(line.get_ydata()) == (losses if label == "loss" else errors)
+        for times, line in enumerate(axes.lines, 1):
+            points = [[epoch, scale * times * loss] for epoch, loss in enumerate(losses, 1)]
+            assert line.get_xydata().tolist() == points
 
 
 @pytest.mark.parametrize("count", [0, 2, 41])
