@@ -104,7 +104,7 @@ def test_what_the_model_sees_is_saved_once(predict, tmp_path, capsys):
         assert picture.mode == "L"
         assert (np.asarray(picture) == np.hstack(images)).all()
     drawn = Image.open(seen / "2_two_boxes.png")
-    assert drawn.getpixel((48, 70)) == (255, 0, 0)
+    assert drawn.getpixel((48, 160)) == (255, 0, 0)
 
     victim = tmp_path / "victim"
     (seen / "1_one_28x28.png").unlink()
