@@ -26,11 +26,19 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from conftest import TINY_FILES, TINY_SUMS, assert_same, contents, load_all, write_tiny_files
+from conftest import (
+    FOUR_EPOCHS,
+    TINY_FILES,
+    TINY_SUMS,
+    assert_same,
+    contents,
+    load_all,
+    split_options,
+    write_tiny_files,
+)
 
 import download_mnist
 import train_test_mnist
-from checkpoints import load_checkpoint
 from utils import ScriptError
 
 REFUSED = 7  # exit status
@@ -58,14 +66,10 @@ def start(function: Callable, *args: object) -> int:
 
 def train(folder: Path, data_dir: Path, seed: int = 1) -> None:
     """Train for four epochs, from the newest checkpoint if there is one of this seed."""
-    sys.argv = ["train_test_mnist.py", "--data-dir", str(data_dir), "--checkpoint-dir", str(folder)]
-    sys.argv += ["--epochs", "4", "--batch-size", "16", "--device", "cpu", "--seed", str(seed)]
-    own = [
-        path
-        for path in folder.glob("mnist_model_epoch_*.pth")
-        if load_checkpoint(path)["options"]["seed"] == seed
-    ]
-    sys.argv += ["--resume"] if own else []
+    where = "--data-dir", data_dir, "--checkpoint-dir", folder, "--device cpu"
+    sys.argv = split_options("train_test_mnist.py", *where, FOUR_EPOCHS, "--seed", seed)
+    if seed in {checkpoint["options"]["seed"] for checkpoint in load_all(folder).values()}:
+        sys.argv.append("--resume")
     train_test_mnist.main()
 
 
@@ -87,15 +91,15 @@ def kill(what: str, kills: int, workplace: Path) -> None:
     write_tiny_files(data_dir / "MNIST" / "raw", packed=what == "download")
     earlier.mkdir()
     if what == "download":
-        function, load, count = download, load_originals, 4
+        function, load = download, load_originals
     else:
-        function, load, count = train, load_all, 5
+        function, load = train, load_all
         assert os.waitpid(start(train, earlier, data_dir, 2), 0)[1] == 0
     started = time.monotonic()
     assert os.waitpid(start(function, undisturbed, data_dir), 0)[1] == 0
     longest = 0.4 * (time.monotonic() - started)
     expected = load(undisturbed)
-    assert len(expected) == count
+    assert expected
     done = runs = refused = 0
     while done < kills:
         runs += 1
