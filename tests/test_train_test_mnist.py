@@ -260,6 +260,26 @@ def test_evaluate():
     tt.evaluate(clearing, images, labels, batch_size=7)
     assert images.any()
     assert tt.evaluate(Counter(), images, labels, batch_size=7)[1] == 80
+    with raises(FloatingPointError, match="the loss in evaluation is nan"):
+        tt.evaluate(model, images * torch.nan, labels, batch_size=7)
+
+
+@pytest.mark.parametrize(("log_interval", "batches"), [(1, 3), (2, 4), (100, 5)])
+def test_how_soon_training_notices_a_loss_that_is_not_finite(log_interval, batches):
+    results = iter([(loss, 0) for loss in (1, 1, torch.inf, 1, 1)])
+    images = torch.zeros(9, 1)
+    message = f"^the loss is inf after {batches} batches; try a lower --lr$"
+    with raises(FloatingPointError, match=message):
+        tt.train_one_epoch(
+            nn.Identity(),
+            None,
+            None,
+            images,
+            images,
+            batch_size=2,
+            log_interval=log_interval,
+            step=lambda *_: next(results),
+        )
 
 
 def test_each_option_changes_the_training(train, tmp_path):
