@@ -20,14 +20,12 @@ from conftest import (
     read_log,
     rows,
 )
-from pytest import approx, raises
+from pytest import raises
 from torch import nn
 
-import mnist_data
 import models
 import train_test_mnist as tt
 from checkpoints import BEST, CURVES, LOG, epoch_files, find_newest_checkpoint, load_checkpoint
-from models import build_model
 from utils import ScriptError
 
 GO_ON = "; to go on: python train_test_mnist.py --resume"
@@ -37,45 +35,23 @@ GO_ON = "; to go on: python train_test_mnist.py --resume"
     "recipe",
     [
         "--model Model1 --momentum 0",
-        "--model Model2",
-        "--momentum 0.8",
+        "--model Model2 --momentum 0.8",
         "--amp",
-        "--augment --lr-scheduler onecyclelr --weight-decay 1e-3 --val-size 30 --epochs 4",
+        "--augment --lr-scheduler onecyclelr --weight-decay 1e-3 --val-size 30",
     ],
 )
 def test_resuming_equals_never_having_stopped(recipe, train, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    recipe = f"--batch-size 24 --lr 0.03 --seed 3 {recipe}"
-    expected = rows(train(whole, recipe, "--epochs 4"))
-    state = torch.get_rng_state()
-    if "onecyclelr" in recipe:  # which has planned all four epochs
-        stop = patch("checkpoints.save_log", side_effect=[None, KeyboardInterrupt])
-        with raises(KeyboardInterrupt), stop:
-            train(parts, recipe)
-        found = expected[:2]
-    else:
-        found = rows(train(parts, recipe, "--epochs 1"))
-        torch.rand(5)
-        found += rows(train(parts, "--resume --epochs 2"))
-    found += rows(train(parts, "--resume", parts / TWO, "--epochs 4"))
-    assert found == expected
-    assert torch.get_rng_state().equal(state)
+    recipe = f"--epochs 4 --batch-size 24 --lr 0.03 --seed 3 {recipe}"
+    expected = rows(train(whole, recipe))
+    stop = patch("checkpoints.save_log", side_effect=[None, KeyboardInterrupt])
+    with raises(KeyboardInterrupt), stop:
+        train(parts, recipe)
+    torch.rand(5)
+    assert rows(train(parts, "--resume", parts / TWO)) == expected[2:]
     assert contents(parts).keys() == contents(whole).keys()
     assert read_log(parts) == read_log(whole)
-    first, second = load_all(whole), load_all(parts)
-    for checkpoint in (*first.values(), *second.values()):
-        checkpoint["options"]["epochs"] = 4  # all that differs, in the earlier ones
-    assert_same(first, second)
-
-
-def test_what_is_saved_is_what_was_tested(folder, tiny_data):
-    model = build_model("Model5")
-    test_set = mnist_data.load_mnist(tiny_data, train=False, device=torch.device("cpu"))
-    for checkpoint in load_all(folder).values():
-        model.load_state_dict(checkpoint["model_state_dict"])
-        loss, accuracy = tt.evaluate(model, *test_set, batch_size=7)
-        assert approx(loss, rel=1e-5) == checkpoint["test_loss"]
-        assert accuracy == checkpoint["test_accuracy"]
+    assert_same(load_all(parts), load_all(whole))
 
 
 def test_options_are_remembered_and_epochs_may_grow(train, folder):
@@ -87,9 +63,8 @@ def test_options_are_remembered_and_epochs_may_grow(train, folder):
     assert contents(folder) == before
     assert [row[0] for row in rows(train(folder, "--resume --epochs 6"))] == ["5", "6"]
     (folder / "mnist_model_epoch_6.pth").unlink()
-    assert [row[0] for row in rows(train(folder, "--resume"))] == ["6"]
     same = "--model MODEL5 --batch-size 16 --lr 5e-2 --momentum 0.9 --seed 1"
-    assert [row[0] for row in rows(train(folder, "--resume", same, "--epochs 7"))] == ["7"]
+    assert [row[0] for row in rows(train(folder, "--resume", same))] == ["6"]
 
 
 @pytest.mark.parametrize(
@@ -125,14 +100,14 @@ def test_folders_are_compared_not_their_spellings(train, folder, monkeypatch):
 
 
 def test_only_the_newest_file_is_moved(train, tmp_path, accuracies, capsys):
-    accuracies += [50, 90, 80, 70]
+    accuracies += [90, 80, 70]
     old, new = tmp_path / "old", tmp_path / "new"
-    train(old, "--epochs 3")
+    train(old, "--epochs 2")
     new.mkdir()
-    (old / THREE).rename(new / THREE)
-    lines = train(new, "--resume --epochs 4").splitlines()
-    assert lines[-3].startswith("Best: epoch 2, test accuracy 90.00 %")
-    assert lines[-2] == f"Last: epoch 4, test accuracy 70.00 %, saved as {new / FOUR}"
+    (old / TWO).rename(new / TWO)
+    lines = train(new, "--resume --epochs 3").splitlines()
+    assert lines[-3].startswith("Best: epoch 1, test accuracy 90.00 %")
+    assert lines[-2] == f"Last: epoch 3, test accuracy 70.00 %, saved as {new / THREE}"
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"Warning: {new / BEST} ")
 
@@ -164,74 +139,43 @@ def test_resume_never_starts_from_scratch(train, folder, tmp_path):
     assert not missing.exists()
     with raises(ScriptError, match=f"^{folder / 'a.pth'} is not an intact .*: .*No such file"):
         train(folder, "--resume", folder / "a.pth")
-    tmp_path.joinpath("empty").mkdir()
-    with raises(
-        ScriptError, match=f"^{tmp_path / 'empty'}: there is no checkpoint. Start a new run"
-    ):
-        train(tmp_path / "empty", "--resume")
+    with raises(ScriptError, match=f"^{tmp_path}: there is no checkpoint. Start a new run"):
+        train(tmp_path, "--resume")
     assert contents(folder) == before
-
-
-def test_an_older_layout_is_refused_but_its_weights_load(train, folder):
-    checkpoint = load_checkpoint(folder / FOUR)
-    torch.save(checkpoint | checkpoint.pop("options"), folder / FOUR)
-    load_checkpoint(folder / FOUR)
-    with raises(ScriptError, match=f"^{folder / FOUR} has no options: .* an older version"):
-        train(folder, "--resume", folder / FOUR)
-
-
-def test_an_interrupt_gives_the_command_to_go_on(train, folder, tmp_path):
-    with (
-        patch("os.fsync", side_effect=[None, KeyboardInterrupt]),
-        raises(KeyboardInterrupt, match=f"^{GO_ON} {tmp_path / ONE}$"),
-    ):
-        train(tmp_path)  # until its first file is in place
-    for options in (["--resume"], ["--resume", folder / FOUR], []):
-        advice = f"{GO_ON} '{folder / FOUR}'" if options else ""
-        with (
-            patch("train_test_mnist.train_one_epoch", side_effect=KeyboardInterrupt),
-            raises(KeyboardInterrupt, match=f"^{advice}$"),
-        ):
-            train(folder, "--epochs 9", *options)
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
+        (KeyboardInterrupt, ""),
         (OSError(28, "No space left on device"), "No space left on device"),
         (FloatingPointError("the loss is nan"), "the loss is nan"),
-        (RuntimeError("CUDA out of memory. Tried"), "no memory left: .*a smaller --batch-size or"),
-        (MemoryError(), "no memory left"),
+        (RuntimeError("CUDA out of memory. Tried"), "no memory left: .* a smaller --batch-size or"),
+        (MemoryError, "no memory left"),
     ],
 )
-def test_every_end_gives_the_command_to_go_on(error, message, train, folder, monkeypatch):
+def test_every_end_gives_the_command_to_go_on(error, message, train, folder):
     before = contents(folder)
-    monkeypatch.setattr(tt, "train_one_epoch", lambda *_, **options: raise_(error))
-    with raises(ScriptError, match=f"{message}.*{GO_ON} '{folder / FOUR}'$"):
-        train(folder, "--resume --epochs 9")
-    with raises(ScriptError, match=f"{message}[^;]*$"):
-        train(folder)
+    end = patch("train_test_mnist.train_one_epoch", side_effect=error)
+    for options in (["--resume"], ["--resume", folder / FOUR], []):
+        advice = f"{GO_ON} '{folder / FOUR}'" if options else ""
+        expected = f"^[^;]*{message}[^;]*{advice}$"
+        with end, raises((ScriptError, KeyboardInterrupt), match=expected):
+            train(folder, "--epochs 9", *options)
     assert contents(folder) == before
 
 
-def raise_(error: Exception) -> None:
-    raise error
+def test_an_interrupt_while_the_first_file_is_written(train, tmp_path):
+    stop = patch("os.fsync", side_effect=[None, KeyboardInterrupt])  # when it is in place
+    with stop, raises(KeyboardInterrupt, match=f"^{GO_ON} {tmp_path / ONE}$"):
+        train(tmp_path)
 
 
-def test_a_folder_that_is_deleted(train, tmp_path, accuracies, monkeypatch):
-    accuracies += [50, 60, 70]
-    save_log = tt.checkpoints.save_log
-
-    def delete_folder(folder, history):
-        save_log(folder, history)
-        if len(history) == 2:
-            shutil.rmtree(folder)
-
-    monkeypatch.setattr("checkpoints.save_log", delete_folder)
+def test_a_folder_that_is_deleted(train, tmp_path):
     run = tmp_path / "run"
-    with raises(
-        ScriptError, match=f"^cannot write {run / THREE}: No such file [^;]*; see that [^;]*$"
-    ):
+    delete = patch("os.fsync", side_effect=lambda _: shutil.rmtree(run))
+    message = f"^cannot write {run / ONE}: No such file [^;]*; see that [^;]*$"
+    with delete, raises(ScriptError, match=message):
         train(run)
 
 
@@ -241,14 +185,11 @@ def test_resuming_an_old_epoch_moves_the_later_ones(train, accuracies, tmp_path)
     (tmp_path / CURVES).write_bytes(b"curves")
     before, aside = contents(tmp_path), tmp_path / "earlier_run_1"
     accuracies += [55.0, 65.0]
-    output = train(tmp_path, "--resume", tmp_path / TWO, "--epochs 3")
-    assert output.count(f"Moved 5 files of an earlier run to {aside}\n") == 1
+    train(tmp_path, "--resume", tmp_path / TWO, "--epochs 3")
     assert contents(aside) == {name: before[name] for name in (THREE, FOUR, BEST, LOG, CURVES)}
     after = load_all(tmp_path)
     assert after.keys() == {ONE, TWO, THREE, BEST}
     assert_same(after[BEST], after[ONE])  # the best of those that are left
-    assert after[THREE]["best_test_accuracy"] == 60
-    assert len(read_log(tmp_path)) == 3
     train(tmp_path, "--resume", tmp_path / ONE, "--epochs 2")
     # The best one is not later
     assert contents(tmp_path / "earlier_run_2").keys() == {TWO, THREE, LOG}
@@ -263,46 +204,43 @@ def test_the_best_file_is_restored(damage, epochs, train, accuracies, tmp_path):
     stop = patch("os.fsync", side_effect=[None] * 11 + [KeyboardInterrupt])
     with raises(KeyboardInterrupt), stop:
         train(tmp_path, "--epochs 3")
-    assert load_all(tmp_path)[BEST]["epoch"] == 1
-    assert len(read_log(tmp_path)) == 2
+    assert load_checkpoint(tmp_path / BEST)["epoch"] == 1
     damage(tmp_path / BEST)
-    output = train(tmp_path, f"--resume --epochs {epochs}")
-    assert ("nothing left to do" in output) == (epochs == 3)
-    assert "Moved" not in output
+    assert "Moved" not in train(tmp_path, f"--resume --epochs {epochs}")
     assert_same(load_checkpoint(tmp_path / BEST), load_checkpoint(tmp_path / THREE))
-    assert (tmp_path / LOG).read_text().count("\n") == epochs + 1  # the log is whole, too
+    assert len(read_log(tmp_path)) == epochs  # the log is whole, too
 
 
-def changed_model5(block: str, number: int, layer: nn.Module) -> type[nn.Module]:
-    """Model5 with one of its layers replaced."""
+@pytest.fixture
+def change_model5(monkeypatch):
+    """Return a function that replaces a layer of the class Model5."""
+    build = models.Model5.__init__
 
-    def build(self: nn.Module) -> None:
-        models.Model5.__init__(self)
-        getattr(self, block)[number] = layer
+    def change(block, number, layer):
+        def build_changed(model):
+            build(model)
+            getattr(model, block)[number] = layer
 
-    return type("Model5", (models.Model5,), {"__init__": build})
+        monkeypatch.setattr(models.Model5, "__init__", build_changed)
+
+    return change
 
 
-def test_a_changed_class(train, folder, monkeypatch):
+def test_a_changed_class(train, folder, change_model5, monkeypatch):
     remedy = "restore the class, or give the changed one a new name, or start anew"
-    changed = changed_model5("input_block", 0, nn.Conv2d(1, 6, 3))
-    monkeypatch.setattr(models, "model_classes", lambda: {"Model5": changed})
+    start = rf"\A{folder / FOUR} was trained with Model5, but"
+    change_model5("input_block", 0, nn.Conv2d(1, 6, 3))
     change = r"Conv2d\(1, 6, kernel.*, bias=False\) is now .*Conv2d\(1, 6, .*"
-    start = rf"\A{folder / FOUR} was trained with"
     for options in (["--resume"], ["--resume", folder / FOUR]):  # one message, not four
-        with raises(ScriptError, match=rf"{start} Model5, but .*{change}; {remedy}.*\Z"):
+        with raises(ScriptError, match=rf"{start} .*{change}; {remedy}\Z"):
             train(folder, *options, "--epochs 9")
-    monkeypatch.setattr(models, "model_classes", lambda: {"Model6": changed})
     monkeypatch.delattr(models, "Model5")
-    with raises(
-        ScriptError, match=f"{start} Model5, but models.py has no model 'Model5'.*{remedy}"
-    ):
+    with raises(ScriptError, match=f"{start} models.py has no model 'Model5'.*{remedy}"):
         train(folder, "--resume --epochs 9")
 
 
-def test_a_changed_class_that_fits(folder, monkeypatch, capsys):
-    changed = changed_model5("transition_block", 2, nn.Identity())
-    monkeypatch.setattr(models, "model_classes", lambda: {"Model5": changed})
+def test_a_changed_class_that_fits(folder, change_model5, capsys):
+    change_model5("transition_block", 2, nn.Identity())
     load_checkpoint(folder / FOUR)  # to analyze it, say
     assert capsys.readouterr().err == ""
     load_checkpoint(folder / FOUR, to_resume=True)
@@ -311,14 +249,11 @@ def test_a_changed_class_that_fits(folder, monkeypatch, capsys):
     assert re.fullmatch(warning, capsys.readouterr().err)
 
 
-def test_parameters_that_became_buffers(folder, monkeypatch):
-    def build(self):
-        models.Model5.__init__(self)
-        weight = self.input_block[0]._parameters.pop("weight")
-        self.input_block[0].register_buffer("weight", weight.detach())
-
-    changed = type("Model5", (models.Model5,), {"__init__": build})
-    monkeypatch.setattr(models, "model_classes", lambda: {"Model5": changed})
+def test_parameters_that_became_buffers(folder, change_model5):
+    layer = nn.Conv2d(1, 6, 3, bias=False)
+    weight = layer._parameters.pop("weight")
+    layer.register_buffer("weight", weight.detach())
+    change_model5("input_block", 0, layer)
     load_checkpoint(folder / FOUR)  # its weights fit
     with raises(ScriptError, match=r"was trained with Model5, but .*; restore the class, or"):
         load_checkpoint(folder / FOUR, to_resume=True)
