@@ -20,11 +20,12 @@ from test_receptive_fields import (
     MultiheadAttention,
     Net,
     analyze_digits,
-    attending,
+    assert_followed,
+    chain,
     conv,
-    field_rows,
     last_field,
     squeeze,
+    tokens,
 )
 from torch import nn
 from torch.nn import Conv2d, Linear, ReLU, Sequential
@@ -267,16 +268,6 @@ def test_images_too_small_show_the_layers_so_far(report, capsys):
     assert "Receptive fields" not in lines
 
 
-def test_branches_that_differ_in_one_axis():
-    model = Net(
-        lambda x, a, b: a(x) + b(x),
-        Conv2d(1, 2, 5, padding=2),
-        Conv2d(1, 2, (5, 3), 1, (2, 1)),
-    )
-    rows = field_rows(analyze_digits(model))
-    assert rows[-1] == "add() function 1x- 1x- 0x- 1x- 28 28 1 1 5 5 2 2 5x5"
-
-
 def test_a_block_that_is_followed_as_a_whole():
     block = Sequential(Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4), ReLU(), nn.AdaptiveAvgPool2d(1))
     analysis = analyze_digits(Sequential(block, nn.Flatten()))
@@ -356,14 +347,19 @@ def test_parameters_that_a_class_filters():
 
 
 @pytest.mark.parametrize(
-    "attention", [Attention(True), Attention(False), MultiheadAttention(16, 2, 0, False)]
+    "attention",
+    [
+        Attention(by_hand=True),
+        Attention(by_hand=False),
+        MultiheadAttention(16, 2, bias=False, batch_first=True),
+    ],
 )
 def test_products_of_attention(attention):
-    attention.batch_first = True
-    analysis = analyze_digits(attending(attention))
+    patches = Conv2d(1, 16, 4, 4, bias=False)
+    analysis = analyze_digits(chain(patches, tokens, attention))
     products = 49 * 16 * 48 + 2 * (2 * 49 * 49 * 8) + 49 * 16 * 16
-    assert analysis.totals["MACs"] == 49 * 16 * 16 + products + 160
-    assert last_field(analysis) == "28x28"
+    assert analysis.totals["MACs"] == 49 * 16 * 16 + products
+    assert_followed(analysis, "28x28")
 
 
 def test_products_that_torch_does_not_count():
