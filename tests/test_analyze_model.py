@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Callable
 from unittest.mock import Mock
 
 import numpy as np
@@ -23,7 +22,6 @@ from test_receptive_fields import (
     assert_followed,
     chain,
     conv,
-    last_field,
     squeeze,
     tokens,
 )
@@ -41,9 +39,6 @@ pytestmark = pytest.mark.skipif(
     not layer_costs.FlopCounterMode, reason="torch counts operations since version 2.1"
 )
 
-Report = Callable[..., str]
-Patch = pytest.MonkeyPatch
-
 
 @pytest.fixture
 def report(monkeypatch, capsys):
@@ -59,17 +54,20 @@ def report(monkeypatch, capsys):
     return run_main
 
 
-@pytest.mark.parametrize(
-    ("name", "total"), [("Model1", 14_620), ("Model2", 14_796), ("Model5", 8_018)]
-)
-def test_totals_agree_with_torchinfo(name, total):
+@pytest.fixture
+def use(monkeypatch):
+    """Return a function that lets the script analyze what it is given, in place of Model5."""
+    return lambda build: monkeypatch.setattr(analyze_model, "build_model", lambda name: build())
+
+
+@pytest.mark.parametrize("name", ["Model1", "Model2", "Model5"])
+def test_totals_agree_with_torchinfo(name):
     model = build_model(name)
-    analysis = analyze_digits(model, batch_size=64)
+    totals = analyze_digits(model, batch_size=64).totals
     theirs = torchinfo.summary(model, (1, 1, 28, 28), verbose=0)
-    assert analysis.totals["parameters"] == theirs.total_params == total
+    assert totals["parameters"] == theirs.total_params
     macs = [layer.macs for layer in theirs.summary_list if layer.class_name == "Conv2d"]
-    assert analysis.totals["MACs"] == sum(macs)
-    assert last_field(analysis) == "28x28"
+    assert totals["MACs"] == sum(macs)
 
 
 def test_memory_of_model1_counted_by_hand():
@@ -95,7 +93,11 @@ def test_memory_of_model1_counted_by_hand():
 
 
 def test_parameters_are_counted_once_and_where_they_are():
-    net = Net(
+    class Filtered(Net):
+        def parameters(self):
+            return filter(lambda parameter: parameter.requires_grad, super().parameters())
+
+    net = Filtered(
         lambda x, a, b, c, d: b(b(c(c(a(x))))),
         conv(1, 4),
         Sequential(nn.BatchNorm2d(4), ReLU()).requires_grad_(False),
@@ -104,7 +106,7 @@ def test_parameters_are_counted_once_and_where_they_are():
     )
     # Weight, bias, buffers, and per cent of 232
     expected = """\
-        Net 0 0 0 0.00
+        Filtered 0 0 0 0.00
         a 36 4 0 17.24
         c 144 4 0 63.79
         c 0 0 0 0.00
@@ -234,22 +236,25 @@ def test_work_that_no_image_enters_counts_as_a_whole():
     assert analysis.totals["MACs"] == 28 * 28 * 18 + 5**3 // 3  # of three images
 
 
-def test_never_called():
+def test_modules_that_are_not_called():
     model = Net(
-        lambda x, a, b, c, d: a(b(x)) if a.training else a(x),
-        conv(),
+        lambda x, a, b, c, *_: a((b(x) if a.training else x)[:, 0]) * c[0],
+        MultiheadAttention(28, 2, batch_first=True),
         ReLU(),
+        nn.ParameterList([nn.Parameter(torch.ones(1))]),
         ReLU(),
         nn.BatchNorm2d(3),
     )
     expected = """\
-        Net (2, 28, 28) 0
-        a (2, 28, 28) 0
-        b (1, 28, 28) 0
-        c None 0
-        d None 7"""
-    layers = analyze_digits(model).layers
-    rows = [f"{layer.name} {layer.output_shape} {layer.buffers}" for layer in layers]
+        Net: 28x28, 0
+        a: 28x28, 0
+        b: 1x28x28, 0
+        a.out_proj: not called itself, 0
+        c: not called itself, 0
+        d: never called, 0
+        e: never called, 7"""
+    layers = [layer for layer in analyze_digits(model).layers if layer.type != "function"]
+    rows = [f"{layer.name}: {layer.output}, {layer.buffers}" for layer in layers]
     assert rows == squeeze(expected)
 
 
@@ -275,14 +280,10 @@ def test_a_block_that_is_followed_as_a_whole():
     assert analyze_model.centre_fields(analysis)["0"]["height"] == 28
 
 
-def test_lazy_layers(report, monkeypatch):
-    def use(layer):
-        model = Sequential(layer, nn.LazyLinear(10))
-        monkeypatch.setattr(analyze_model, "build_model", lambda name: model)
-
-    use(nn.LazyConv2d(4, 3))
+def test_lazy_layers(report, use):
+    use(lambda: Sequential(nn.LazyConv2d(4, 3), nn.LazyLinear(10)))
     assert "0 Conv2d 4x26x26 36 4 40" in " ".join(report().split())
-    use(conv(3))
+    use(lambda: Sequential(conv(3), nn.LazyLinear(10)))
     with pytest.raises(ScriptError, match=r"^Model5 has lazy layers .* --dry-run"):
         report()
 
@@ -337,15 +338,6 @@ def test_fields_of_the_centre():
     assert analyze_model.centre_fields(analysis) == {"0": expected}
 
 
-def test_parameters_that_a_class_filters():
-    class Filtered(Sequential):
-        def parameters(self):
-            return filter(lambda parameter: parameter.requires_grad, super().parameters())
-
-    analysis = analyze_digits(Filtered(conv(), Linear(28, 3).requires_grad_(False)))
-    assert analysis.totals["parameters"] == 20 + 87
-
-
 @pytest.mark.parametrize(
     "attention",
     [
@@ -377,27 +369,8 @@ def test_functions_need_memory_as_layers_do():
     assert function.memory["inference"]["activations"] == 2 * 3 * 2 * 28 * 28 * 4
 
 
-def test_weights_of_modules_that_are_not_called():
-    model = Net(
-        lambda x, a, b, c: a(x.flatten(2)) * c[0],
-        MultiheadAttention(784, 2, batch_first=True),
-        Linear(2, 3, bias=False),
-        nn.ParameterList([nn.Parameter(torch.ones(1))]),
-    )
-    layers = {layer.name: layer.output for layer in analyze_digits(model).layers}
-    names = "a.out_proj", "b", "c"
-    expected = ["not called itself", "never called", "not called itself"]
-    assert [layers[name] for name in names] == expected
-
-
-@pytest.fixture
-def use(monkeypatch):
-    """Return a function that lets the script analyze a model."""
-    return lambda model: monkeypatch.setattr(analyze_model, "build_model", lambda name: model)
-
-
 def test_a_loop_over_the_images_is_told_in_a_few_lines(report, use):
-    use(Net(lambda x, a: torch.stack([a(image[None]).relu()[0] for image in x]), conv()))
+    use(lambda: Net(lambda x, a: torch.stack([a(image[None]).relu()[0] for image in x]), conv()))
     lines = squeeze(report())
     assert len(lines) < 65
     assert sum("what comes in is not known" in line for line in lines) == 1
@@ -405,27 +378,19 @@ def test_a_loop_over_the_images_is_told_in_a_few_lines(report, use):
 
 
 def test_what_a_model_prints_and_warns(report, use, tiny_data, tmp_path):
-    def forward(x, a):
+    def talk(x):
         print("printed")
         warnings.warn("beware", stacklevel=1)
-        return a(x)
+        return x
 
-    use(Net(forward, conv()))
+    use(lambda: chain(talk, conv()))
     assert json.loads(report("--json"))
     assert report.captured.err == "Warning: beware\n"
     assert json.loads(report("--json", "--image", tmp_path / "a.png", "--data-dir", tiny_data))
 
 
-def test_a_part_that_is_compiled(report, use, monkeypatch):
-    class Compiled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = torch.compile(conv())
-
-        def forward(self, x):
-            return self.a(x)
-
-    monkeypatch.setattr(analyze_model, "build_model", lambda name: Compiled())
+def test_a_part_that_is_compiled(report, use):
+    use(lambda: chain(torch.compile(conv())))
     assert "a Conv2d 3 1 1 1 28 28 1 1 1 3 0 1 3x3" in squeeze(report())
 
 
