@@ -1,10 +1,15 @@
 """The look at a model before it is trained: what is refused, and what is worth a warning."""
 
+import copy
 from collections.abc import Callable
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
-from pytest import MonkeyPatch, raises
+from conftest import assert_same
+from pytest import raises
+from test_receptive_fields import Net, chain
 from torch import Tensor, nn
 
 import models
@@ -12,176 +17,147 @@ from model_check import check_model
 from models import build_model
 from utils import ScriptError
 
-
-def flat(x: Tensor) -> Tensor:
-    return x.flatten(1)
-
-
-class Net(nn.Module):
-    """A linear model; forward(x) computes what a test asks for with its layer."""
-
-    compute: Callable = staticmethod(lambda layer, x: layer(flat(x)))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(784, 10)
-
-    def forward(self, x: Tensor) -> object:
-        return type(self).compute(self.layer, x)
+torch.manual_seed(0)  # the images and the weights of the models below
+IMAGES = torch.randn(9, 1, 28, 28)
 
 
-class Raising(nn.Module):
-    """A model whose constructor fails."""
-
-    def __init__(self) -> None:
-        raise ValueError("no luck")
+def linear(*functions: Callable) -> Callable:
+    """Return what builds a linear model, as a class does, whose logits pass through functions."""
+    return partial(chain, nn.Flatten(), nn.Linear(784, 10), *functions)
 
 
-def model(compute: Callable) -> type[Net]:
-    return type("Own", (Net,), {"compute": staticmethod(compute)})
+def check_state(name: str, state: dict, count: int = 8, amp: bool = False) -> None:
+    """Look at a model before it is trained on so many images."""
+    check_model(name, state, IMAGES[:count], torch.arange(count), 4, 6, amp)
 
 
-def of_layers(*layers: nn.Module) -> type[nn.Module]:
-    return type(
-        "Own", (nn.Sequential,), {"__init__": lambda self: nn.Sequential.__init__(self, *layers)}
-    )
+@pytest.fixture
+def check(monkeypatch):
+    """Return a function that looks at a model of a class, which is called Net."""
+
+    def check_class(model_class, **options):
+        monkeypatch.setattr(models, "model_classes", lambda: {"Net": model_class})
+        check_state("Net", build_model("Net").state_dict(), **options)
+
+    return check_class
 
 
-def check(
-    monkeypatch: MonkeyPatch, model_class: type[nn.Module], count: int = 8, amp: bool = False
-) -> None:
-    model_class.__name__ = "Own"
-    monkeypatch.setattr(models, "model_classes", lambda: {"Own": model_class})
-    torch.manual_seed(0)
-    data = torch.randn(count, 1, 28, 28), torch.arange(count) % 10
-    check_model("Own", build_model("Own").state_dict(), *data, 4, 6, amp)
-
-
-def keep_output(layer: nn.Module, x: Tensor) -> Tensor:
-    layer.kept = layer(flat(x)) + getattr(layer, "kept", 0)
+def keep_output(x, layer):
+    layer.kept = layer(x.flatten(1)) + getattr(layer, "kept", 0)
     return layer.kept
 
 
-FLAT = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-
-
 REFUSED = {
-    "no parameters": (of_layers(nn.Flatten()), "has no parameters to train: .*nn.ModuleList"),
-    "all frozen": (of_layers(FLAT.requires_grad_(False)), "has no parameters to train"),
-    "nine outputs": (
-        model(lambda layer, x: layer(flat(x))[:, :9]),
-        r"returns .*\(4, 9\), not .*\(4, 10\)",
-    ),
-    "a map": (
-        model(lambda layer, x: layer(flat(x))[..., None, None]),
-        r"returns .*\(4, 10, 1, 1\)",
-    ),
-    "squeezed": (model(lambda layer, x: layer(flat(x)).squeeze()), r"on a batch of 1: .*\(10,\)"),
-    "a tuple": (model(lambda layer, x: (layer(flat(x)), x)), "returns a tuple, not"),
-    "integers": (model(lambda layer, x: layer(flat(x)).long()), "returns torch.int64"),
+    "no parameters": (partial(chain, nn.Flatten()), "has no parameters to train: .*nn.ModuleList"),
+    "all frozen": (partial(chain, nn.PReLU().requires_grad_(False)), "has no parameters to train"),
+    "nine outputs": (linear(lambda logits: logits[:, :9]), r"returns .*\(4, 9\), not .*\(4, 10\)"),
+    "a map": (linear(lambda logits: logits[..., None, None]), r"returns .*\(4, 10, 1, 1\)"),
+    "squeezed": (linear(torch.squeeze), r"on a batch of 1: .*\(10,\)"),
+    "a tuple": (linear(lambda logits: (logits, logits)), "returns a tuple, not"),
+    "integers": (linear(Tensor.long), "returns torch.int64"),
     "three channels": (
-        of_layers(nn.Conv2d(3, 10, 28), nn.Flatten()),
+        partial(chain, nn.Conv2d(3, 10, 28), nn.Flatten()),
         "fails in training on a batch of 4: .*3 ch",
     ),
-    "float64": (of_layers(nn.Flatten(), nn.Linear(784, 10).double()), "fails in training .*dtype"),
-    "NaN": (
-        model(lambda layer, x: layer(flat(x)) / 0 * 0),
-        "returns NaN or infinity",
+    "float64": (
+        partial(chain, nn.Flatten(), nn.Linear(784, 10).double()),
+        "fails in training .*dtype",
     ),
-    "keeps its graph": (model(keep_output), "fails in training .*second time"),
-    "in place": (
-        model(lambda layer, x: layer(flat(x)).exp().mul_(2)),
-        "fails in training .*inplace",
+    "NaN": (linear(lambda logits: logits / 0 * 0), "returns NaN or infinity"),
+    "keeps its graph": (
+        partial(Net, keep_output, nn.Linear(784, 10)),
+        "fails in training .*second time",
     ),
-    "constructor": (Raising, "no luck; fix it"),
+    "in place": (linear(lambda logits: logits.exp().mul_(2)), "fails in training .*inplace"),
+    "constructor": (Mock(side_effect=ValueError("no luck")), "no luck; fix it"),
 }
 
 
 @pytest.mark.parametrize(("model_class", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused(model_class, message, monkeypatch):
-    with raises(ScriptError, match=rf"\A(cannot build )?Own.*{message}.*\Z"):
-        check(monkeypatch, model_class)
+def test_refused(model_class, message, check):
+    with raises(ScriptError, match=rf"\A(cannot build )?Net.*{message}.*\Z"):
+        check(model_class)
 
 
 @pytest.mark.parametrize(("size", "option"), [(4, "--batch-size"), (6, "--test-batch-size")])
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to")])
-def test_no_memory(size, option, error, monkeypatch):
-    def compute(layer, x):
-        if len(x) == size:
+def test_no_memory(size, option, error, check):
+    def run_out(logits):
+        if len(logits) == size:
             raise error
-        return layer(flat(x))
+        return logits
 
-    with raises(ScriptError, match=f"^Own fails in .* of {size}: .*; choose a smaller {option}$"):
-        check(monkeypatch, model(compute))
+    with raises(ScriptError, match=f"^Net fails in .* of {size}: .*; choose a smaller {option}$"):
+        check(linear(run_out))
 
 
-def test_a_last_batch_of_one_image(train, tmp_path, monkeypatch):
-    normalised = of_layers(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
-    check(monkeypatch, normalised, count=8)
+def test_a_last_batch_of_one_image(check, train, tmp_path):
+    normalised = linear(nn.BatchNorm1d(10))
+    check(normalised, count=8)
     with raises(ScriptError, match=r"on a batch of 1: .*, or choose another --batch-size$"):
-        check(monkeypatch, normalised, count=9)
+        check(normalised, count=9)
     with raises(ScriptError, match="fails in training on a batch of 1"):
-        train(tmp_path, "--dry-run --model Own --batch-size 199")
+        train(tmp_path, "--dry-run --model Net --batch-size 199")
 
 
-def test_what_bfloat16_does_not_fit(monkeypatch):
-    def add(layer, x):
-        return torch.zeros(len(x), 10).index_add(0, torch.arange(len(x)), layer(flat(x)))
+def test_what_bfloat16_does_not_fit(check):
+    def add(logits):
+        return torch.zeros(len(logits), 10).index_add(0, torch.arange(len(logits)), logits)
 
-    check(monkeypatch, model(add))
-    with raises(ScriptError, match=r"^Own fails in training .*; fix it, or leave out --amp$"):
-        check(monkeypatch, model(add), amp=True)
+    check(linear(add))
+    with raises(ScriptError, match=r"^Net fails in training .*; fix it, or leave out --amp$"):
+        check(linear(add), amp=True)
 
 
 WARNED = {
-    "probabilities": (lambda layer, x: layer(flat(x)).softmax(1), "returns probabilities"),
-    "the same": (lambda layer, x: layer(0 * flat(x)), "returns the same logits for all images"),
-    "dropout": (lambda layer, x: layer(nn.functional.dropout(flat(x))), "is random in evaluation"),
-    "mixing": (lambda layer, x: layer(flat(x - x.mean(0))), "mixes the images of a batch"),
+    "probabilities": (nn.Softmax(1), "returns probabilities"),
+    "the same": (
+        lambda logits: 0 * logits + torch.arange(10),
+        "returns the same logits for all images",
+    ),
+    "dropout": (nn.functional.dropout, "is random in evaluation"),
+    "mixing": (lambda logits: logits - logits.mean(0), "mixes the images of a batch"),
 }
 
 
-@pytest.mark.parametrize(("compute", "message"), WARNED.values(), ids=WARNED)
-def test_warned(compute, message, monkeypatch, capsys):
-    check(monkeypatch, model(compute))
+@pytest.mark.parametrize(("function", "message"), WARNED.values(), ids=WARNED)
+def test_warned(function, message, check, capsys):
+    check(linear(function))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"Warning: Own {message}")
+    assert line.startswith(f"Warning: Net {message}")
 
 
-def test_an_input_changed_in_place(monkeypatch, capsys):
-    check(monkeypatch, model(lambda layer, x: layer(flat(x.mul_(2)))))
+def test_an_input_changed_in_place(check, capsys):
+    check(partial(chain, lambda x: x.mul_(2), nn.Flatten(), nn.Linear(784, 10)))
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["Model1", "Model2", "Model5"])
 def test_a_sound_model(name, capsys):
     trained = build_model(name)
-    trained(torch.randn(8, 1, 28, 28))
-    before = {key: tensor.clone() for key, tensor in trained.state_dict().items()}
-    data = torch.randn(9, 1, 28, 28), torch.arange(9)
-    check_model(name, trained.state_dict(), *data, batch_size=4, test_batch_size=6)
-    assert all(tensor.equal(before[key]) for key, tensor in trained.state_dict().items())
+    trained(IMAGES)
+    before = copy.deepcopy(trained.state_dict())
+    check_state(name, trained.state_dict(), count=9)
+    assert_same(before, trained.state_dict())
     assert capsys.readouterr().err == ""
 
 
-def test_a_network_that_is_built_at_random(monkeypatch):
+def test_a_network_that_is_built_at_random(check):
     widths = iter([20, 30])
 
-    class Own(nn.Sequential):
-        def __init__(self):
-            width = next(widths)
-            super().__init__(nn.Flatten(), nn.Linear(784, width), nn.Linear(width, 10))
+    def build():
+        width = next(widths)
+        return chain(nn.Flatten(), nn.Linear(784, width), nn.Linear(width, 10))
 
-    with raises(ScriptError, match=r"^Own builds another network each time: fix its sizes$"):
-        check(monkeypatch, Own)
+    with raises(ScriptError, match=r"^Net builds another network each time: fix its sizes$"):
+        check(build)
 
 
 def test_the_state_is_looked_at():
-    data = torch.randn(4, 1, 28, 28), torch.arange(4)
     state = build_model("Model1").state_dict()
     damaged = {name: tensor * torch.nan for name, tensor in state.items()}
     with raises(ScriptError, match="returns NaN or infinity"):
-        check_model("Model1", damaged, *data, batch_size=4, test_batch_size=6)
+        check_state("Model1", damaged)
 
 
 SOURCE = """from torch import nn
@@ -193,17 +169,17 @@ class Own(nn.Linear):
 """
 
 
-def test_the_place_in_models_py(monkeypatch):
+def test_the_place_in_models_py(check):
     namespace: dict = {}
     exec(compile(SOURCE, "/some/models.py", "exec"), namespace)
     with raises(ScriptError, match=r"models\.py, line 6: 'Tensor' object has no .* 'nonsense'"):
-        check(monkeypatch, namespace["Own"])
+        check(namespace["Own"])
 
 
 def test_nothing_is_written_before_the_check(train, tmp_path, monkeypatch):
     (tmp_path / "best_mnist_model.pth").write_text("dear")
-    monkeypatch.setattr(models, "model_classes", lambda: {"Model5": model(lambda layer, x: x)})
+    monkeypatch.setattr(models, "model_classes", lambda: {"Model5": linear(torch.mean)})
     for options in ([], ["--dry-run"]):
-        with raises(ScriptError, match=r"^Own fails in .*: it returns "):
+        with raises(ScriptError, match=r"^Net fails in .*: it returns "):
             train(tmp_path, *options)
     assert {path.name for path in tmp_path.iterdir()} <= {"best_mnist_model.pth", ".lock"}
