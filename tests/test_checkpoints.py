@@ -14,7 +14,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import FOUR, ONE, THREE, TWO, Bomb, assert_same, contents, load_all, run
+from conftest import (
+    FOUR,
+    ONE,
+    THREE,
+    TWO,
+    Bomb,
+    assert_same,
+    contents,
+    load_all,
+    run,
+    write_files,
+)
 from pytest import raises
 from torch import nn
 
@@ -53,6 +64,12 @@ def test_a_new_run_moves_the_files_of_earlier_ones(kept, train, tmp_path):
         assert contents(aside).keys() == moved
     assert set(contents(tmp_path / "earlier_run_1").values()) == {b"dear"}
     assert {path.name for path in tmp_path.glob("*.*")} == {ONE, BEST, LOG, ".lock", *others}
+
+
+def test_a_move_that_was_interrupted_is_finished(train, tmp_path):
+    write_files(tmp_path / "earlier_run_incomplete", {ONE: b"dear"})
+    train(tmp_path, "--epochs 1")
+    assert contents(tmp_path / "earlier_run_1") == {ONE: b"dear"}
 
 
 def test_only_the_names_of_epochs_count(train, folder):

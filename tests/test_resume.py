@@ -52,14 +52,18 @@ def test_resuming_equals_never_having_stopped(recipe, train, tmp_path):
     assert contents(parts).keys() == contents(whole).keys()
     assert read_log(parts) == read_log(whole)
     assert_same(load_all(parts), load_all(whole))
+    if "onecyclelr" in recipe:  # which has planned every step
+        with raises(ScriptError, match=f"^--epochs 5 contradicts .*{FOUR}, whose run has 4"):
+            train(parts, "--resume --epochs 5")
 
 
 def test_options_are_remembered_and_epochs_may_grow(train, folder):
     before = contents(folder)
     for options in ("--resume", "--resume --epochs 3"):
         assert f"{FOUR} has finished epoch 4: nothing left to do" in train(folder, options)
-    # Nothing is moved or overwritten by a run that trains nothing
+    # Nothing is moved or overwritten by a run that trains or saves nothing
     assert "nothing left to do" in train(folder, "--resume", folder / TWO, "--epochs 2")
+    train(folder, "--resume", folder / TWO, "--dry-run")
     assert contents(folder) == before
     assert [row[0] for row in rows(train(folder, "--resume --epochs 6"))] == ["5", "6"]
     (folder / "mnist_model_epoch_6.pth").unlink()
