@@ -13,10 +13,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from utils import ScriptError, describe_error
 
-Image.MAX_IMAGE_PIXELS = None  # decode() has limits of its own
 FORMATS = "PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"
-MAX_PIXELS = 89_000_000
-MAX_JPEG_PIXELS = 256_000_000  # more, because a large JPEG is decoded at a smaller size
 MAX_SIDE = 2000  # pixels of a picture that is read
 SMALLEST_SIDE = 12  # pixels of its longer side
 
@@ -54,44 +51,36 @@ def read_picture(source: Path | bytes) -> ndarray:
 
     The picture is upright, the first frame if there are several, and shrunk by a whole number if
     a side has more than 2000 pixels. Transparency is laid on white, or on black if nothing would
-    be seen on white. Raises ScriptError if the file is missing, damaged, too large or of another
-    format.
+    be seen on white. Raises ScriptError if the file is missing, damaged, of another format or
+    larger than Pillow's limit of 178 megapixels.
     """
     try:
         data = source.read_bytes() if isinstance(source, Path) else source
-        return decode(data)
+        if data[4:8] == b"ftyp":  # the name does not tell: such files are often renamed
+            raise ValueError("HEIC or a relative, as iPhones write it: export it as JPEG")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata, and from half of the limit on
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image.draft(None, (MAX_SIDE, MAX_SIDE))  # a large JPEG is decoded at a smaller size
+            image = ImageOps.exif_transpose(image)
+            return to_array(image)
     except Exception as error:  # whatever a decoder raises
         reason = getattr(error, "strerror", None) or describe_error(error)
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "no known format"
         raise ScriptError(
-            f"cannot be read: {reason}; name a picture saved as PNG or JPEG"
+            f"cannot be read: {reason}; name a PNG or JPEG of at most 178 megapixels"
         ) from error
-
-
-def decode(data: bytes) -> ndarray:
-    """Return a picture file's content as (H, W, 3), float32 in 0..1; raise what Pillow raises."""
-    if data[4:8] == b"ftyp":  # the name does not tell: such files are often renamed
-        raise ValueError("HEIC or a relative, as iPhones write it: export it as JPEG")
-    with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        warnings.simplefilter("ignore")  # about metadata
-        size = image.width * image.height
-        limit = MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS
-        if size > limit:
-            raise ValueError(f"it has {size:,} pixels, more than {limit:,}: shrink it")
-        image.draft(None, (MAX_SIDE, MAX_SIDE))
-        return to_array(ImageOps.exif_transpose(image))
 
 
 def to_array(image: Image.Image) -> ndarray:
     """Return a Pillow image as (H, W, 3), float32 in 0..1, no side above MAX_SIDE."""
-    factor = math.ceil(max(image.size) / MAX_SIDE)
     if image.mode[0] in "IF":  # more than 8 bits, which Pillow's own conversion would clip
-        grey = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
-        brightest = max(grey.max(), 1e-9)
-        image = Image.fromarray(np.uint8(grey / brightest * 255))
+        grey = np.asarray(image, np.float32)
+        image = Image.fromarray(255 / grey.max() * grey)
     transparent = image.mode[-1] in "Aa" or "transparency" in image.info
     image = image.convert("RGBA" if transparent else "RGB")
+    factor = math.ceil(max(image.size) / MAX_SIDE)
     pixels = np.asarray(image.reduce(factor), np.float32) / 255
     if not transparent:
         return pixels

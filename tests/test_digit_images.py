@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw
 from PIL.ImageMorph import MorphOp
 from torchvision.datasets import MNIST
 
-import digit_images
 from digit_images import find_digits, read_picture
 from predict_digits import load_model, read_digits
 from utils import ScriptError
@@ -306,8 +305,7 @@ def test_empty_page(options):
 
 def test_shapes_without_ink():
     for height, width in (1, 1), (8, 8), (1, 500), (2000, 2), (30, 700):
-        reason = "no ink in 8 pixels: name" if height == 8 else "no ink"
-        with pytest.raises(ScriptError, match=reason):
+        with pytest.raises(ScriptError, match="no ink"):
             find_digits(np.ones((height, width, 3), np.float32))
 
 
@@ -376,9 +374,8 @@ def test_turned_and_large(tmp_path):
 
 
 def test_unreadable(tmp_path, monkeypatch):
-    monkeypatch.setattr(digit_images, "MAX_PIXELS", 1000)
-    monkeypatch.setattr(digit_images, "MAX_JPEG_PIXELS", 2000)
-    paths = {name: tmp_path / name for name in ("31.png", "32.png", "40.jpg", "50.jpg")}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # an error from twice as many on
+    paths = {name: tmp_path / name for name in ("31.png", "32.png", "31.jpg", "50.jpg")}
     for name, path in paths.items():
         side = int(name[:2])
         Image.effect_noise((side, side), 99).save(path)
@@ -387,12 +384,11 @@ def test_unreadable(tmp_path, monkeypatch):
         b"hello": "no known format",
         paths["31.png"].read_bytes()[:500]: "truncated",
         bytes(4) + b"ftypheic": "export it as JPEG",
-        paths["32.png"]: "1,024 pixels, more than 1,000: ",
+        paths["32.png"]: "1024 pixels. exceeds limit of 1000 pixels",
         paths["50.jpg"]: "2,500 pixels",
     }
     for source, reason in reasons.items():
-        message = f"^cannot be read: .*{reason}.*; name a picture saved as PNG or JPEG$"
+        message = f"^cannot be read: .*{reason}.*; name a PNG or JPEG of at most 178 megapixels$"
         with pytest.raises(ScriptError, match=message):
             read_picture(source)
-    assert read_picture(paths["40.jpg"]).shape == (40, 40, 3)
-    assert Image.MAX_IMAGE_PIXELS is None  # else Pillow refuses some photos within the limits
+    assert read_picture(paths["31.jpg"]).shape == (31, 31, 3)
