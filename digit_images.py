@@ -191,8 +191,8 @@ def find_paper(plane: ndarray, cell: int) -> ndarray:
 class Shape:
     """Cells that belong together: a mask (h, w) of a picture's cells.
 
-    `box` is left, top, right and bottom of what they span, `size` its width and height, and `cut`
-    the mask there.
+    `box` is left, top, right and bottom of what they span, and `cut` the mask there. `middle` and
+    `size` of the box are in columns and rows.
     """
 
     def __init__(self, mask: ndarray) -> None:
@@ -203,6 +203,7 @@ class Shape:
         left, top, right, bottom = self.box
         self.cut = mask[top:bottom, left:right]
         self.size = self.box[2:] - self.box[:2]
+        self.middle = self.box[:2] + self.size / 2
         self.height = max(self.size / (2, 1))  # a wide shape may be several digits, or lie
 
 
@@ -245,55 +246,44 @@ def join_shapes(shapes: list[Shape]) -> list[Shape]:
     """Return a shape for each digit.
 
     A digit may consist of several shapes. Specks, rules, and what touches the picture's edge
-    beside other shapes are left out.
+    unless it is as high as the digits are left out.
     """
-    inner = [shape for shape in shapes if not shape.at_edge]
-    if 5 * sum(shape.area for shape in inner) < sum(shape.area for shape in shapes):
-        inner = shapes
-    typical = np.median([shape.height for shape in inner for _ in range(shape.area)])
+    heights = [shape.height for shape in shapes]
+    # What touches the edge counts a fifth, because it may be a desk or a thumb
+    weights = [shape.area * (1 if shape.at_edge else 5) for shape in shapes]
+    typical = np.median(np.repeat(heights, weights))
     digits = []
     for shape in sorted(shapes, key=lambda shape: -shape.height):
         height = shape.size[1] / typical
-        if height > LARGEST_DIGIT or not (shape in inner or 2 / 3 < height < 3 / 2):
+        if height > LARGEST_DIGIT or (shape.at_edge and not 2 / 3 < height < 3 / 2):
             continue
-        distances = [distance(shape, digit) for digit in digits]
-        if min(distances, default=typical) < GAP * typical:
-            nearest = np.argmin(distances)
-            digits[nearest] = Shape(digits[nearest].mask | shape.mask)
-        elif shape.height >= SMALLEST_DIGIT * typical:
-            digits.append(shape)
+        for number, digit in enumerate(digits):
+            # Parts stand above each other: the narrower one's middle is within the wider one
+            columns, rows = abs(shape.middle - digit.middle)
+            columns -= max(shape.size[0], digit.size[0]) / 2
+            rows -= (shape.size[1] + digit.size[1]) / 2
+            if max(columns, rows) < GAP * typical:
+                digits[number] = Shape(shape.mask | digit.mask)
+                break
+        else:
+            if shape.height > SMALLEST_DIGIT * typical:
+                digits.append(shape)
     return digits
-
-
-def distance(first: Shape, second: Shape) -> float:
-    """Return the cells between two shapes that may be parts of one digit.
-
-    Parts stand above each other: half of the narrower one's width does not count.
-    """
-    columns, rows = gaps(first.box, second.box)
-    columns += min(first.size[0], second.size[0]) / 2
-    return max(columns, rows)
-
-
-def gaps(first: ndarray, second: ndarray) -> ndarray:
-    """Return how many columns and rows are between two boxes; negative if they overlap."""
-    starts = np.maximum(first[:2], second[:2])
-    ends = np.minimum(first[2:], second[2:])
-    return starts - ends
 
 
 def sort_lines(digits: list[Digit]) -> list[Digit]:
     """Return digits line by line, each line from left to right, with the numbers of their lines.
 
-    From left to right, each digit joins the line whose last digit it overlaps most in height, so
-    that a line may lean.
+    From left to right, each digit joins a line whose last digit has about the same top and bottom,
+    so that a line may lean.
     """
     lines = []
     for digit in sorted(digits, key=lambda digit: digit.box[0]):
-        rows = [gaps(digit.box, line[-1].box)[1] for line in lines]
-        height = digit.box[3] - digit.box[1]
-        if min(rows, default=0) < -0.4 * height:
-            lines[np.argmin(rows)].append(digit)
+        for line in lines:
+            shift = abs(digit.box - line[-1].box)[1::2].mean()  # of top and bottom
+            if shift < 0.6 * (digit.box[3] - digit.box[1]):
+                line.append(digit)
+                break
         else:
             lines.append([digit])
     lines.sort(key=lambda line: line[0].box[1])
