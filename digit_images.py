@@ -15,13 +15,13 @@ from utils import ScriptError, describe_error
 
 FORMATS = "PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"
 MAX_SIDE = 2000  # pixels of a picture that is read
-SMALLEST_SIDE = 12  # pixels of its longer side
 
 # Ink is looked for in a plane of pixels, and roughly in cells, which are squares of its pixels
 PLANE_SIDE = 960  # at most so many pixels along the longer side
+SMALLEST_SIDE = 12  # at least so many
 CELLS = 192  # at most so many cells along the longer side
 MIN_CONTRAST = 0.08  # of ink; black on white has 1
-MIN_SIGNAL_TO_NOISE = 9
+MIN_SIGNAL_TO_NOISE = 14  # so that noise is paler than weak ink
 
 # Shares of the darkest ink. A shape consists of weak cells and has a strong one.
 STRONG = 0.4
@@ -35,7 +35,9 @@ GAP = 0.2  # between parts of one digit
 # Shares of a digit's ink, scaled as in MNIST, that are more than a pixel from its edge
 THIN = 0.07  # if less, the lines are widened
 BLOB = 0.7  # if more, it is no digit
-NO_INK = "no ink in lines that stand out: write digits dark on light paper or light on dark"
+NO_INK = """\
+no ink in lines that stand out, or too small: write larger digits, dark on light paper or light on \
+dark"""
 
 
 class Digit(NamedTuple):
@@ -98,7 +100,7 @@ def find_digits(picture: ndarray) -> list[Digit]:
     ScriptError if there is no ink.
     """
     pixels, cells, scale = find_ink(picture)
-    cell = len(pixels) // len(cells)
+    cell = pixels.height // len(cells)
     shapes = find_shapes(cells)
     digits = []
     for frame in filter(is_frame, shapes):
@@ -107,12 +109,13 @@ def find_digits(picture: ndarray) -> list[Digit]:
         x2, y2 = scale * (frame.box[2:] - margin)
         with contextlib.suppress(ScriptError):
             for digit in find_digits(picture[y1:y2, x1:x2]):
-                digits.append(digit._replace(box=np.add(digit.box, (x1, y1, x1, y1))))
+                box = np.add(digit.box, (x1, y1, x1, y1))
+                digits.append(Digit(digit.image, box))
     if not digits:
         for shape in join_shapes(shapes):
-            x1, y1, x2, y2 = cell * shape.box
-            mask = shape.cut.repeat(cell, 0).repeat(cell, 1)
-            image = prepare_digit(pixels[y1:y2, x1:x2] * mask)
+            ink = pixels.crop(tuple(cell * shape.box))
+            mask = shape.cut.resize(ink.size)
+            image = prepare_digit(np.multiply(ink, mask))
             if image is not None:
                 digits.append(Digit(image, scale * shape.box))
     if not digits:
@@ -120,21 +123,20 @@ def find_digits(picture: ndarray) -> list[Digit]:
     return sort_lines(digits)
 
 
-def find_ink(picture: ndarray) -> tuple[ndarray, ndarray, int]:
-    """Return how dark a picture's ink is, or how light on dark paper: 0 as the paper, 1 at most.
+def find_ink(picture: ndarray) -> tuple[Image.Image, ndarray, int]:
+    """Return how dark a picture's ink is, or how light on dark paper.
 
-    `picture` is (H, W, 3). Returns a plane of its pixels, or of means of squares of pixels; the
-    maximum of each cell of this plane, or 0 if that may be noise; and the side of a cell in pixels
-    of the picture. Raises ScriptError if there is no ink.
+    `picture` is (H, W, 3). Returns a plane of its pixels, or of means of squares of pixels, as an
+    image of floats, 0 for the paper and about 1 for the darkest ink; the maximum of each cell of
+    this plane, (h, w); and the side of a cell in pixels of the picture. Raises ScriptError if
+    there is no ink.
     """
     side = max(picture.shape)
-    if side < SMALLEST_SIDE:
-        raise ScriptError(f"no ink in {side} pixels: name a picture of {SMALLEST_SIDE} or more")
-    step = math.ceil(side / CELLS)
-    colour = picture[::step].std((0, 1)).argmax()  # the channel with the largest differences
+    # The channel with the largest differences, in some of the rows
+    colour = picture[:: 1 + side // CELLS].std((0, 1)).argmax()
     channel = Image.fromarray(picture[..., colour])
     factor = math.ceil(side / PLANE_SIDE)
-    while True:
+    while side >= factor * SMALLEST_SIDE:
         plane = np.asarray(channel.reduce(factor))  # means of squares
         cell = math.ceil(max(plane.shape) / CELLS)
         pixels = compare_with_paper(plane, cell)
@@ -142,16 +144,13 @@ def find_ink(picture: ndarray) -> tuple[ndarray, ndarray, int]:
         cells = squares.max((1, 3))  # not the mean, so that thin lines count in full
         low, high = np.percentile(cells, (25, 99.97)).tolist()  # floats keep arrays float32
         contrast = high - low
-        sample = pixels[:: 2 * cell, ::cell]
-        differences = abs(sample - np.roll(sample, 1, 1))
-        noise = 0.6 * np.percentile(differences, 75)  # the standard deviation, if it is normal
+        differences = np.diff(pixels.ravel()[::cell])
+        noise = np.median(abs(differences))  # the standard deviation, if it is normal
         if contrast >= max(MIN_CONTRAST, MIN_SIGNAL_TO_NOISE * noise):
-            pixels = np.clip((pixels - low) / contrast, 0, 1)
-            cells = np.where(cells > low + 3 * noise, cells - low, 0) / contrast
-            return pixels, cells, cell * factor
-        if max(plane.shape) < 200:
-            raise ScriptError(NO_INK)
+            ink = Image.fromarray((pixels.clip(low) - low) / contrast)
+            return ink, (cells - low) / contrast, cell * factor
         factor *= 2  # because means of pixels have less noise
+    raise ScriptError(NO_INK)
 
 
 def compare_with_paper(plane: ndarray, cell: int) -> ndarray:
@@ -162,12 +161,10 @@ def compare_with_paper(plane: ndarray, cell: int) -> ndarray:
     """
     missing = [(0, -side % cell) for side in plane.shape]
     padded = np.pad(plane + 0.1, missing, "edge")  # 0.1, or noise in the dark is a large share
-    sample = padded[::4]
     # The median of five, because thick ink may cover half of the picture, and a desk two sides
-    parts = sample, padded[0], padded[-1], padded[:, 0], padded[:, -1]
+    parts = padded[::4], padded[0], padded[-1], padded[:, 0], padded[:, -1]
     level = np.median([np.median(part) for part in parts])
-    darkest, lightest = np.percentile(sample, (0.02, 99.98))
-    if darkest * lightest > level**2:  # ink is what differs most from the paper
+    if padded.min() * padded.max() > level**2:  # ink is what differs most from the paper
         return padded + find_paper(-padded, cell)
     return 1 - padded / find_paper(padded, cell)
 
@@ -191,17 +188,18 @@ def find_paper(plane: ndarray, cell: int) -> ndarray:
 class Shape:
     """Cells that belong together: a mask (h, w) of a picture's cells.
 
-    `box` is left, top, right and bottom of what they span, and `cut` the mask there. `middle` and
-    `size` of the box are in columns and rows.
+    `box` is left, top, right and bottom of what they span, and `cut` the mask there as an image.
+    `middle` and `size` of the box are in columns and rows.
     """
 
     def __init__(self, mask: ndarray) -> None:
         self.mask = mask
         self.area = mask.sum()
-        self.at_edge = mask[[0, -1]].any() or mask[:, [0, -1]].any()
-        self.box = np.array(Image.fromarray(mask).getbbox())
-        left, top, right, bottom = self.box
-        self.cut = mask[top:bottom, left:right]
+        self.at_edge = mask[1:-1, 1:-1].sum() < self.area
+        image = Image.fromarray(mask)
+        box = image.getbbox()
+        self.cut = image.crop(box)
+        self.box = np.array(box)
         self.size = self.box[2:] - self.box[:2]
         self.middle = self.box[:2] + self.size / 2
         self.height = max(self.size / (2, 1))  # a wide shape may be several digits, or lie
@@ -210,9 +208,8 @@ class Shape:
 def is_frame(shape: Shape) -> bool:
     """Return whether a shape runs along all four sides of its box, and is no mere stroke."""
     depth = 1 + max(shape.size) // 10
-    sides = [np.rot90(shape.cut, turn)[:depth] for turn in range(4)]
-    lined = min(side.any(0).mean() for side in sides)
-    return lined > 0.9 and max(shape.size) < 2 * min(shape.size)
+    sides = [np.rot90(shape.cut, turn)[:depth].any(0) for turn in range(4)]
+    return min(map(np.mean, sides)) > 0.9 and max(shape.size) < 2 * min(shape.size)
 
 
 def find_shapes(cells: ndarray) -> list[Shape]:
@@ -223,18 +220,17 @@ def find_shapes(cells: ndarray) -> list[Shape]:
     padded = np.pad(cells, [(0, 0), (0, 1)])  # no row's end touches the next one's start
     width = padded.shape[1]
     steps = [width * y + x for y in (-1, 0, 1) for x in (-1, 0, 1)]
-    strong = np.flatnonzero(padded > STRONG).tolist()
     for weak in (WEAK, STRONG):  # again if rules, which are weak, join digits with the edge
         unseen = set(np.flatnonzero(padded > weak).tolist())
         shapes = []
-        for start in strong:
+        for start in np.flatnonzero(padded > STRONG).tolist():
             if start in unseen:
                 found = [start]
                 for cell in found:  # a list that grows meanwhile
                     near = unseen.intersection([cell + step for step in steps])
                     unseen -= near
                     found += near
-                mask = np.zeros(cells.shape, bool)
+                mask = np.zeros_like(cells, bool)
                 mask[np.divmod(found, width)] = True
                 shapes.append(Shape(mask))
         if not any(shape.at_edge for shape in shapes):
@@ -291,15 +287,14 @@ def sort_lines(digits: list[Digit]) -> list[Digit]:
 
 
 def prepare_digit(ink: ndarray) -> ndarray | None:
-    """Return ink (H, W) in 0..1 as MNIST's image (28, 28) uint8, or None if it is no digit.
+    """Return ink (H, W), 0 to 1, as MNIST's image (28, 28) uint8, or None if it is no digit.
 
     The ink is scaled into 20x20, and its centre of mass is put at the centre, as in LeCun et al.,
     "Gradient-Based Learning Applied to Document Recognition" (1998).
     """
     left, top, right, bottom = Image.fromarray(ink > WEAK).getbbox()
     side = max(right - left, bottom - top)
-    levels = Image.fromarray(255 * ink)
-    square = levels.crop((left, top, left + side, top + side))
+    square = Image.fromarray(255 * ink).crop((left, top, left + side, top + side))
     small = square.resize((20, 20), Image.BILINEAR)
     left, top = (np.average(range(20), weights=np.sum(small, axis)) for axis in (0, 1))
     image = Image.new("L", (28, 28))
