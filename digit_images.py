@@ -35,9 +35,7 @@ GAP = 0.2  # between parts of one digit
 # Shares of a digit's ink, scaled as in MNIST, that are more than a pixel from its edge
 THIN = 0.07  # if less, the lines are widened
 BLOB = 0.7  # if more, it is no digit
-NO_INK = """\
-no ink in lines that stand out, or too small: write larger digits, dark on light paper or light on \
-dark"""
+NO_INK = "no ink that stands out, or too small: write larger, dark on light paper or light on dark"
 
 
 class Digit(NamedTuple):

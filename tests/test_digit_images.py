@@ -385,7 +385,7 @@ def test_unreadable(tmp_path, monkeypatch):
         paths["31.png"].read_bytes()[:500]: "truncated",
         bytes(4) + b"ftypheic": "export it as JPEG",
         paths["32.png"]: "1024 pixels. exceeds limit of 1000 pixels",
-        paths["50.jpg"]: "2,500 pixels",
+        paths["50.jpg"]: "2500 pixels",
     }
     for source, reason in reasons.items():
         message = f"^cannot be read: .*{reason}.*; name a PNG or JPEG of at most 178 megapixels$"
