@@ -515,6 +515,10 @@ ROWS = {
         ),
         "add() function 1x- 1x- 0x- 1x- 28 28 1 1 5 5 2 2 5x5",
     ),
+    "a gate that comes first changes nothing in what it scales": (
+        chain(F.instance_norm, lambda x: x.mean((2, 3), True) * x),
+        "mean() function 28 28 0 1 28 1 0 0 28 28 0 0 28x28",
+    ),
     "channels are no units": (
         chain(lambda x: x.squeeze(1), Linear(28, 16), lambda x: x.mean(1), Linear(16, 10)),
         """\
