@@ -8,7 +8,7 @@ The whole model is probed from the pixels, too. If that differs from the table o
 the exit status is 1. Options:
 
     --model NAME ...   classes in models.py, in upper or lower case, or all (default: Model5)
-    --checkpoint FILE  analyze the trained weights of this file, and the class it names
+    --checkpoint FILE  in place of --model: the class that this file names, with its weights
     --input-size H W   pixels (default: 28 28)
     --batch-size N     images in a training step (default: 128 on a GPU, 64 on a CPU)
     --device NAME      cpu, cuda, mps, xpu, or auto: a GPU if there is one (default: auto)
