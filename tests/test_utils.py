@@ -65,12 +65,14 @@ def test_synced_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
-def receive(*numbers):
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    for number in numbers:
-        signal.raise_signal(number)  # to this thread; another one would not wait
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # all of them arrive now
-    time.sleep(9)
+def receive(first, *later):
+    """Get a signal, and others while the script is ending."""
+    try:
+        signal.raise_signal(first)
+        time.sleep(9)
+    finally:
+        for number in later:
+            signal.raise_signal(number)
 
 
 @pytest.mark.parametrize(
