@@ -384,7 +384,7 @@ class Probe:
         self.n = tensor.shape[known.batch]
         self.windows = [None, None]
         usual = image_map(known.size).units
-        if all(map(Tensor.equal, known.units, usual)):
+        if known.size == tensor.shape[-2:] and all(map(Tensor.equal, known.units, usual)):
             self.windows = declared_windows(call)
 
         # Large maps take long, and a declared window is only compared

@@ -519,6 +519,14 @@ ROWS = {
         chain(F.instance_norm, lambda x: x.mean((2, 3), True) * x),
         "mean() function 28 28 0 1 28 1 0 0 28 28 0 0 28x28",
     ),
+    "a window along images and columns": (
+        Net(
+            lambda x, a, b: F.conv2d(a(x).permute(1, 2, 0, 3), b.weight),
+            conv(1, 1),
+            Conv2d(28, 2, (1, 3)),
+        ),
+        "conv2d() function 28x3 28x1 0 1 28 1x26 1 28x1 3 30x5 1 1 30x5",
+    ),
     "channels are no units": (
         chain(lambda x: x.squeeze(1), Linear(28, 16), lambda x: x.mean(1), Linear(16, 10)),
         """\
