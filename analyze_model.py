@@ -109,7 +109,7 @@ def analyze(model: nn.Module, input_size: tuple[int, int], batch_size: int) -> A
     model = copy_model(model)
     model.train()
     check = "skipped: training fails"
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # the same noise every time
         costs = CostRun(model, torch.rand(batch_size, 1, *input_size, device=device))
         layers = costs.layers
@@ -310,6 +310,7 @@ def format_comparison(analyses: dict[str, Analysis]) -> str:
     """Return a table with one line a model."""
     rows = [("model", "check", "RF", "parameters", "MACs", "training bytes", "inference bytes")]
     for name, analysis in analyses.items():
+        # The size in the last row of the receptive fields, if there is one
         *_, size = "?", *(row[-1] for row in field_rows(analysis))
         check = analysis.check.split(":")[0]
         counts = analysis.totals["parameters"], analysis.totals["MACs"]
@@ -398,12 +399,13 @@ def limit_memory() -> None:
 def prepare_model(name: str, args: argparse.Namespace, checkpoint: dict) -> nn.Module:
     """Return a new model on the device, with the checkpoint's weights; raise ScriptError."""
     model = build_model(name).to(args.device)
-    # A first image gives lazy layers their shapes
-    module_maps(model, torch.zeros(1, 1, *args.input_size, device=args.device))
     if any(map(is_lazy, nn.Module.parameters(model))):
-        raise ScriptError(
-            f"{name} has lazy layers that no image reaches: train it with --dry-run to see why"
-        )
+        # A first image gives lazy layers their shapes
+        module_maps(model, torch.zeros(1, 1, *args.input_size, device=args.device))
+        if any(map(is_lazy, nn.Module.parameters(model))):
+            raise ScriptError(
+                f"{name} has lazy layers that no image reaches: train it with --dry-run to see why"
+            )
     if checkpoint:
         model.load_state_dict(checkpoint["model_state_dict"])
     return model
