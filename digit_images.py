@@ -35,7 +35,7 @@ GAP = 0.2  # between parts of one digit
 # Shares of a digit's ink, scaled as in MNIST, that are more than a pixel from its edge
 THIN = 0.07  # if less, the lines are widened
 BLOB = 0.7  # if more, it is no digit
-NO_INK = "no ink that stands out, or too small: write larger, dark on light paper or light on dark"
+NO_INK = "no ink stands out, or it is too small: write larger, dark on light paper or light on dark"
 
 
 class Digit(NamedTuple):
@@ -130,7 +130,7 @@ def find_ink(picture: ndarray) -> tuple[Image.Image, ndarray, int]:
     there is no ink.
     """
     side = max(picture.shape)
-    # The channel with the largest differences, in some of the rows
+    # The channel in which some of the rows differ most
     colour = picture[:: 1 + side // CELLS].std((0, 1)).argmax()
     channel = Image.fromarray(picture[..., colour])
     factor = math.ceil(side / PLANE_SIDE)
@@ -239,8 +239,8 @@ def find_shapes(cells: ndarray) -> list[Shape]:
 def join_shapes(shapes: list[Shape]) -> list[Shape]:
     """Return a shape for each digit.
 
-    A digit may consist of several shapes. Specks, rules, and what touches the picture's edge
-    unless it is as high as the digits are left out.
+    A digit may consist of several shapes. Specks and rules are left out, and so is what touches
+    the picture's edge, unless it is about as high as the digits.
     """
     heights = [shape.height for shape in shapes]
     # What touches the edge counts a fifth, because it may be a desk or a thumb
@@ -285,7 +285,7 @@ def sort_lines(digits: list[Digit]) -> list[Digit]:
 
 
 def prepare_digit(ink: ndarray) -> ndarray | None:
-    """Return ink (H, W), 0 to 1, as MNIST's image (28, 28) uint8, or None if it is no digit.
+    """Return ink (H, W), 0 to about 1, as MNIST's image (28, 28) uint8, or None if it is no digit.
 
     The ink is scaled into 20x20, and its centre of mass is put at the centre, as in LeCun et al.,
     "Gradient-Based Learning Applied to Document Recognition" (1998).

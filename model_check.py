@@ -103,5 +103,5 @@ def compute_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell what torch says in other words for each device."""
+    """Tell whether memory ran out, which torch says in other words on each device."""
     return "memory" in repr(error).lower()  # a MemoryError's own text may be empty

@@ -179,7 +179,7 @@ def test_a_bad_picture_stops_no_other(predict, tmp_path, capsys):
     start = f"predict_digits.py: error: {tmp_path}"
     # A terminal would obey the escape character
     expected = rf"""Reading with .*
-{start}/empty\.png: no ink that stands out.*
+{start}/empty\.png: no ink stands out.*
 {start}/a{{250}}: cannot save: .*name too long.*; name another folder
 {start}/none'\\x1b'\[2J: cannot be read: No such file.*
 """
